@@ -1,0 +1,3 @@
+"""The systems by name: one paper, one file."""
+
+from __future__ import annotations

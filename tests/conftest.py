@@ -1,0 +1,24 @@
+"""Shared fixtures: eight simulated devices, the persistent compilation cache, the reference cases."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".jax_cache"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import pytest
+
+SHARED = Path(os.environ.get("MASKAE_SHARED", Path(__file__).parent.parent.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference cases and real data (`MASKAE_SHARED`); tests that need it are skipped where it is absent."""
+    if not (SHARED / "goldens").is_dir():
+        pytest.skip(f"needs the reference cases: no {SHARED / 'goldens'} (set MASKAE_SHARED)")
+    return SHARED
