@@ -1,0 +1,302 @@
+"""The configuration: every key with its default, the command line's overrides, and the checks that need no data.
+
+A file in `configs/` starts from `default_config()` and sets what its recipe needs. The result is locked: a key that is not listed here,
+or an argument that the system does not have, is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from maskae.errors import UserError, nearest
+
+SUFFIXES = ("steps", "epochs", "examples", "percent")
+
+
+def duration(**given: float) -> dict[str, Any]:
+    """The keys of a duration, e.g. `duration(total_epochs=800)` -> total_epochs=800 and the other three suffixes None.
+
+    Exactly one suffix of a duration is set. An override of another suffix replaces the recipe's.
+    """
+    (key, value), = given.items()
+    name, _, suffix = key.rpartition("_")
+    if suffix not in SUFFIXES:
+        raise UserError(f"{key}: a duration ends in one of _{', _'.join(SUFFIXES)}{nearest(suffix, SUFFIXES)}")
+    return {f"{name}_{other}": value if other == suffix else None for other in SUFFIXES}
+
+
+def set_duration(group: ConfigDict, **given: float) -> None:
+    """Sets a duration of a config group to one suffix and clears the others: `set_duration(config.train, total_epochs=800)`."""
+    for key, value in duration(**given).items():
+        group[key] = value
+
+
+def default_config() -> ConfigDict:
+    """All keys of a run. The comment behind a key is its documentation."""
+    return ConfigDict({
+        "seed": 0,  # of initialisation, data order, augmentation and masks
+        "system": "mae",  # a name of maskae.systems.SYSTEMS
+        "model": {},  # arguments of the system
+        "init_from": "",  # a run folder or a weights file to start from; empty: from scratch
+        "data": {
+            "source": "digits",  # digits | folder:/path | arrayrecord:/path | tfds:name | npz:/path
+            "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
+            "val_percent": 10.0,  # share split off for validation where the source has no split of its own
+            "split_seed": 0,
+            "max_examples": 0,  # use only so many training records; 0: all
+            "image_size": 224,  # pixels per side after the transform
+            "channels": 3,
+            "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out
+            "val_transform": (("resize_center_crop", {}),),
+            "flip": True,  # horizontal, with probability 0.5, on the device
+            "mixup_alpha": 0.0,  # 0: off; needs labels
+            "cutmix_alpha": 0.0,
+            "label_smoothing": 0.0,
+            "erasing": 0.0,  # probability of random erasing per image
+            "workers": 0,  # processes that decode; 0: threads of this process
+            "threads": 2,  # that read ahead
+            "max_bad_percent": 1.0,  # a larger share of unreadable records stops the run
+        },
+        "train": {
+            "batch_size": 64,  # global: over all devices and microbatches
+            **duration(total_epochs=1.0),
+            "accumulate": 1,  # microbatches per step
+            "ema_decay": 0.0,  # of an averaged copy of the parameters, which is then the one evaluated; 0: none
+            "max_nonfinite_in_a_row": 10,  # stop after so many steps in a row with a non-finite loss or gradient
+        },
+        "optimizer": {
+            "name": "adamw",  # adamw | adam | lars | sgd | nesterov
+            "base_learning_rate": 1.5e-4,  # at batch 256: the rate is this times batch_size / 256
+            "schedule": "cosine",  # after the warm-up: cosine | linear | constant | rsqrt | step
+            "minimum": 0.0,  # learning rate at the end
+            **duration(warmup_percent=5.0),
+            "arguments": {},  # further arguments of the optimizer: b1, b2, weight_decay, momentum, ...
+            "clip_norm": 0.0,  # global norm; 0: no clipping
+            "layer_decay": 1.0,  # learning-rate factor per block from the top down
+            "no_decay": ("vectors",),  # names without weight decay; `vectors` stands for every bias and scale
+        },
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "checkpoint": {
+            **duration(every_percent=10.0),
+            "keep_last": 2,
+            "keep_every_steps": 0,  # also keep the checkpoints of these steps for good; 0: none
+            "resume": "auto",  # auto: the newest whole checkpoint or a fresh start; must: fail without one; never: fail if there is one
+        },
+        "log": {
+            "every_steps": 50,
+            "tensorboard": True,
+            "wandb_project": "",  # empty: no Weights & Biases
+            "profile_first_step": 0,  # the profiler's window; 0: none
+            "profile_steps": 5,
+            "watchdog_factor": 10.0,  # dump all stacks when a step takes so many times the median; 0: off
+        },
+        "evaluate": {
+            **duration(every_percent=100.0),
+            "batch_size": 256,
+            "max_examples": 0,  # of each split; 0: all
+            "evaluators": {},  # name -> arguments, see maskae.evaluate.EVALUATORS
+            "baselines": True,  # evaluate the untrained encoder and raw pixels too, once
+            "pool": "pooled",  # the feature that probes see: pooled | cls
+            "panels": 8,  # images in the reconstruction panel; 0: none
+            "finetune": "",  # a config file to fine-tune with at the end, e.g. configs/mae_finetune.py:tiny
+        },
+    })
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of `configs/mae.py:base` with `a.b=value` overrides applied and checked.
+
+    Raises UserError for a missing file or variant, an unknown key, a value of another type, two suffixes of one duration.
+    """
+    path_text, _, variant = spec.partition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        raise UserError(f"--config: no file {path}{nearest(str(path), [str(folder / p.name) for p in sorted(folder.glob('*.py'))])}")
+    module_spec = importlib.util.spec_from_file_location(f"maskae_config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    variants = tuple(getattr(module, "VARIANTS", ()))
+    if variant and variant not in variants:
+        has = f"it has {', '.join(variants)}" if variants else "it has no variants"
+        raise UserError(f"--config: {path} has no variant '{variant}'{nearest(variant, variants)}; {has}")
+    config = module.get_config(variant) if variant else module.get_config()
+    config.lock()
+    apply_overrides(config, overrides)
+    check(config)
+    return config
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets `a.b=value` pairs on the locked config. Raises UserError that names the key, and the nearest one where it is unknown."""
+    given = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key} needs a value: --config.{key}=...")
+        _set(config, key, value)
+        given.append(key)
+    for key in given:
+        _clear_other_suffixes(config, key, given)
+
+
+def _set(config: ConfigDict, key: str, text: str) -> None:
+    *groups, name = key.split(".")
+    group: Any = config
+    for depth, part in enumerate(groups):
+        if not isinstance(group, ConfigDict) or part not in group:
+            raise _unknown(key, ".".join(key.split(".")[: depth + 1]), config)
+        group = group[part]
+    if not isinstance(group, ConfigDict) or name not in group:
+        raise _unknown(key, key, config)
+    old = group[name]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"--config.{key} is a group; set one of its keys: {', '.join(f'{key}.{k}' for k in old)}")
+    value = _parse(text, old)
+    wrong = UserError(f"--config.{key}={text}: expected {_type_name(old)}, as in {old!r}, got {_type_name(value)}")
+    if old is not None and value is None and not _is_duration(name):
+        raise wrong
+    if isinstance(old, bool) != isinstance(value, bool) and old is not None:
+        raise wrong
+    if _is_duration(name) and not (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))):
+        raise UserError(f"--config.{key}={text}: expected a number, got {_type_name(value)}")
+    try:
+        group[name] = value
+    except (TypeError, ValueError) as error:
+        raise wrong from error
+
+
+def _unknown(key: str, missing: str, config: ConfigDict) -> UserError:
+    return UserError(f"--config.{key}: no key '{missing}'{nearest(key, all_keys(config))}")
+
+
+def _parse(text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _type_name(value: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a tuple", list: "a list"}
+    return names.get(type(value), "None" if value is None else type(value).__name__)
+
+
+def all_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all leaves."""
+    keys: list[str] = []
+    for name in config:
+        value = config[name]
+        keys += all_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) and len(value) else [prefix + name]
+    return keys
+
+
+def _is_duration(name: str) -> bool:
+    return name.rpartition("_")[2] in SUFFIXES
+
+
+def _siblings(key: str) -> list[str]:
+    stem, _, suffix = key.rpartition("_")
+    return [f"{stem}_{other}" for other in SUFFIXES if other != suffix]
+
+
+def _clear_other_suffixes(config: ConfigDict, key: str, given: Iterable[str]) -> None:
+    """An override in one suffix replaces the recipe's in another; two suffixes on one command line contradict each other."""
+    group_name, _, name = key.rpartition(".")
+    if not _is_duration(name):
+        return
+    group = config
+    for part in group_name.split(".") if group_name else []:
+        group = group[part]
+    if not any(sibling in group for sibling in _siblings(name)) or group[name] is None:
+        return
+    for sibling in _siblings(key):
+        if sibling in given and group[sibling.rpartition(".")[2]] is not None:
+            raise UserError(f"--config.{key} and --config.{sibling}: one duration with two suffixes; give one of them")
+        group[sibling.rpartition(".")[2]] = None
+
+
+def check(config: ConfigDict) -> None:
+    """The checks that need neither data nor devices. Raises UserError."""
+    for key in all_keys(config):
+        group, _, name = key.rpartition(".")
+        node: Any = config
+        for part in group.split(".") if group else []:
+            node = node[part]
+        if _is_duration(name) and all(sibling in node for sibling in _siblings(name)):
+            stem = name.rpartition("_")[0]
+            set_keys = [f"{group}.{stem}_{s}" for s in SUFFIXES if node[f"{stem}_{s}"] is not None]
+            if len(set_keys) != 1:
+                what = " and ".join(set_keys) if set_keys else f"none of {group}.{stem}_{{{','.join(SUFFIXES)}}}"
+                raise UserError(f"{what}: a duration has exactly one suffix")
+    for key, value, allowed in (("checkpoint.resume", config.checkpoint.resume, ("auto", "must", "never")),
+                                ("evaluate.pool", config.evaluate.pool, ("pooled", "cls"))):
+        if value not in allowed:
+            raise UserError(f"{key}={value}: one of {', '.join(allowed)}{nearest(value, allowed)}")
+    for key, value in (("train.batch_size", config.train.batch_size), ("train.accumulate", config.train.accumulate),
+                       ("log.every_steps", config.log.every_steps), ("data.image_size", config.data.image_size)):
+        if value < 1:
+            raise UserError(f"{key}={value}: must be at least 1")
+    if config.train.batch_size % config.train.accumulate:
+        raise UserError(f"train.batch_size={config.train.batch_size} does not divide by train.accumulate={config.train.accumulate}")
+
+
+def build_from(table: dict[str, type], name: str, arguments: dict[str, Any], key: str) -> Any:
+    """`table[name](**arguments)`. Raises UserError for an unknown name or argument, with the nearest right one."""
+    if name not in table:
+        raise UserError(f"{key}={name}: unknown{nearest(name, table)}; one of {', '.join(sorted(table))}")
+    fields = [field.name for field in dataclasses.fields(table[name])]
+    for argument in arguments:
+        if argument not in fields:
+            raise UserError(f"{key} '{name}' has no argument '{argument}'{nearest(argument, fields)}")
+    try:
+        return table[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key} '{name}': {error}") from error
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as JSON text with sorted keys."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True, default=list)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two nested dicts differ."""
+    lines: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif json.dumps(a, default=list) != json.dumps(b, default=list):
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line words -> (plain words, config overrides as `a.b=value`)."""
+    plain, overrides = [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name = word.lstrip("-")
+        if word.startswith("-") and name.startswith("config."):
+            if "=" not in name and words and not words[0].startswith("--"):
+                name += "=" + words.pop(0)
+            overrides.append(name.removeprefix("config."))
+        else:
+            plain.append(word)
+    return plain, overrides
+

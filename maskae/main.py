@@ -1,0 +1,68 @@
+"""The command line: flags -> config -> run.
+
+    python -m maskae.main --config configs/mae.py:base --workdir runs/mae [--config.train.batch_size=256 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from maskae.errors import UserError, nearest
+
+FLAGS = ("--config", "--workdir", "--dry_run", "--evaluate", "--help")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Command-line words -> (flags, config overrides). Raises UserError for an unknown flag."""
+    from maskae.config import split_arguments
+
+    plain, overrides = split_arguments(argv)
+    parser = _Parser(prog="python -m maskae.main", description="Pretrain, resume or evaluate one system.", allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="such as configs/mae.py:base")
+    parser.add_argument("--workdir", type=Path, help="the run's folder; the same command resumes what is there")
+    parser.add_argument("--dry_run", action="store_true", help="build everything, print sizes and shardings, run one abstract step, exit")
+    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="evaluate the newest checkpoint of a run, or a weights file, and exit")
+    flags, rest = parser.parse_known_args(plain)
+    for word in rest:
+        name = word.split("=")[0]
+        raise UserError(f"unknown argument {word}{nearest(name, FLAGS)}; config keys are set by --config.key=value")
+    if not (flags.workdir or flags.dry_run or flags.evaluate):
+        raise UserError("--workdir is missing: the folder for this run's checkpoints and logs, such as --workdir runs/mae")
+    return flags, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        flags, overrides = parse(sys.argv[1:] if argv is None else argv)
+        from maskae.config import load_config
+
+        config = load_config(flags.config, overrides)
+        from maskae import train
+
+        if flags.dry_run:
+            train.dry_run(config)
+            return 0
+        if flags.evaluate:
+            train.evaluate_run(config, flags.evaluate)
+            return 0
+        return train.run(config, flags.workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
