@@ -1,0 +1,289 @@
+"""The order of the data, and batches of it.
+
+Element j of the endless global order is a pure function of (seed, j): the order is one permutation of the records per epoch, one after the
+other, and the random numbers of element j's transform come from (seed, j). Batch k is elements k*B .. (k+1)*B - 1, also where B does not
+divide the number of records n or is larger than it: nothing is dropped, an epoch is n/B steps (a fraction is fine), and a batch may span
+two epochs. Host h of P makes rows h*B/P .. (h+1)*B/P - 1 of it. So batch k is the same on any number of hosts, threads or worker
+processes, and a run resumes with nothing but k.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+
+from maskae.data.sources import BadRecord, Source
+from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, VALID
+from maskae.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[[Any, np.random.Generator], np.ndarray]  # (uint8 [H, W, C] or bytes, generator) -> uint8 [H', W', C']
+
+REPLACEMENT_ATTEMPTS = 20  # for one element: more broken records in a row mean that something else is wrong
+MINIMUM_SEEN = 200  # the share of broken records is judged after so many (or all there are)
+EXAMPLES_NAMED = 3
+
+
+class Loaded(NamedTuple):
+    """A batch on its way from a thread or a process, with what went wrong on the way (a process cannot log or raise a UserError here)."""
+
+    batch: Batch
+    bad: list[tuple[int, str]]  # (record, reason)
+    error: str  # empty, or why there is no batch
+
+
+@dataclass
+class BadReport:
+    """Broken records met so far by this host.
+
+    Attributes:
+      seen: elements handed out.
+      count: broken records met, each time that they were met.
+      reasons: record index -> (name, reason), each record once.
+    """
+
+    seen: int = 0
+    count: int = 0
+    reasons: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the broken records, in the order they were met."""
+        return [name for name, _ in self.reasons.values()]
+
+
+def generator(seed: int, element: int, purpose: str) -> np.random.Generator:
+    """Random numbers that depend on (seed, element, purpose) alone: a counter-based generator, cheap to make for every record."""
+    return np.random.Generator(np.random.Philox(key=[(seed ^ (zlib.crc32(purpose.encode()) << 32)) % 2**64, element]))
+
+
+def make_order(count: int, seed: int, shuffle: bool) -> grain.MapDataset:
+    """The endless global order: [j] is a record of 0..count-1. Needs no memory, whatever the count."""
+    order = grain.MapDataset.range(count)
+    if shuffle:
+        # Grain adds the epoch to the seed: neighbouring seeds would share all but one of their epochs if the seed were not scattered first.
+        order = order.shuffle(seed=int(np.random.SeedSequence([seed, zlib.crc32(b"order")]).generate_state(1)[0]))
+    return order.repeat()
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """Makes this host's rows of global batch k; a pure function of k, run in threads or processes."""
+
+    source: Source
+    transform: Transform
+    order: grain.MapDataset
+    seed: int
+    batch_size: int
+    first_row: int
+    rows: int
+
+    def __call__(self, k: int) -> Loaded:
+        bad: list[tuple[int, str]] = []
+        images, labels, indices = [], [], []
+        try:
+            for row in range(self.first_row, self.first_row + self.rows):
+                image, label, index = self._element(k * self.batch_size + row, bad)
+                images.append(image)
+                labels.append(label)
+                indices.append(index)
+            return Loaded(collate(images, labels, indices, self.first_row), bad, "")
+        except UserError as error:
+            return Loaded({}, bad, str(error))
+
+    def _element(self, element: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int, int]:
+        """(image, label, record) of an element; a broken record is replaced by a draw from (seed, element), on every host by the same."""
+        index = int(self.order[element])
+        replacements = None
+        for _ in range(REPLACEMENT_ATTEMPTS):
+            try:
+                record = self.source[index]
+                image = self.transform(record[IMAGE], generator(self.seed, element, "transform"))
+                return image, record[LABEL], index
+            except BadRecord as error:
+                bad.append((index, str(error)))
+                replacements = replacements or generator(self.seed, element, "replacement")
+                index = int(replacements.integers(len(self.source)))
+        names = ", ".join(self.source.name(i) for i, _ in bad[-EXAMPLES_NAMED:])
+        raise UserError(f"{self.source.spec.name}: {REPLACEMENT_ATTEMPTS} broken records in a row, for example {names}")
+
+
+def collate(images: list[np.ndarray], labels: list[int], indices: list[int], first_row: int) -> Batch:
+    """Rows `first_row`.. of a batch. images: uint8 [H, W, C] each. Raises UserError where their shapes differ."""
+    shapes = sorted({image.shape for image in images})
+    if len(shapes) > 1:
+        raise UserError(f"images of one batch differ in shape, {shapes[0]} and {shapes[-1]}: add a crop or a resize to the transform")
+    return {
+        IMAGE: np.stack(images),  # [rows, H, W, C]
+        LABEL: np.asarray(labels, np.int32),
+        INDEX: np.asarray(indices, np.int32),
+        EXAMPLE: np.arange(first_row, first_row + len(images), dtype=np.int32),
+    }
+
+
+class Pipeline:
+    """Training batches of one host; see the module's text for their order."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 2,
+        workers: int = 0,
+        prefetch: int = 4,
+        shuffle: bool = True,
+        max_bad_percent: float = 1.0,
+    ):
+        """Args:
+          source: the records.
+          transform: (image, generator) -> uint8 [H, W, C], of one shape for all records.
+          batch_size: of the GLOBAL batch; `process_count` must divide it.
+          seed: of the order and of the transforms.
+          process_index, process_count: which of how many hosts this is.
+          threads: batches made at the same time in this process (in each worker process where there are some); 0 makes them when asked.
+          workers: processes; 0 uses threads only.
+          prefetch: batches made ahead.
+          shuffle: a new permutation for every epoch; False takes the records in their order.
+          max_bad_percent: more broken records than this stop the run.
+
+        Raises UserError where process_count does not divide batch_size, or there are no records.
+        """
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(f"batch_size {batch_size} cannot be divided between {process_count} hosts")
+        if len(source) == 0:
+            raise UserError(f"{source.spec.name}: no records")
+        if seed < 0:
+            raise UserError(f"seed must not be negative, not {seed}")
+        self.source = source
+        self.batch_size = batch_size
+        self.bad = BadReport()
+        self._threads, self._workers, self._prefetch = threads, workers, prefetch
+        self._max_bad_percent = max_bad_percent
+        rows = batch_size // process_count
+        order = make_order(len(source), seed, shuffle)
+        loader = BatchLoader(source, transform, order, seed, batch_size, process_index * rows, rows)
+        self._batches = grain.MapDataset.range(sys.maxsize // batch_size).map(loader)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """n / B: how many batches use as many elements as there are records."""
+        return len(self.source) / self.batch_size
+
+    def batch(self, k: int) -> Batch:
+        """This host's rows of global batch k, made now. Raises UserError where too many records are broken."""
+        return self._accept(self._batches[k])
+
+    def iterate(self, start: int = 0) -> BatchIterator:
+        """Batches start, start + 1, ... without end, made ahead in the background. Close it, or use it in a `with`."""
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch if self._threads else 0)
+        batches = self._batches[start:].to_iter_dataset(options)
+        if self._workers:
+            # Grain reads an absl flag here, which raises where a program has not parsed its flags (a notebook, a test).
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            ahead = max(1, self._prefetch // self._workers)
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=ahead))
+        return BatchIterator(iter(batches), self._accept)
+
+    def _accept(self, loaded: Loaded) -> Batch:
+        """Counts and names broken records when their batch is handed out, so that a run stops at the same step however it is prefetched."""
+        for index, reason in loaded.bad:
+            self.bad.count += 1
+            if index not in self.bad.reasons:
+                name = self.source.name(index)
+                self.bad.reasons[index] = (name, reason)
+                logging.warning("broken record replaced: %s: %s", name, reason)
+        if loaded.error:
+            raise UserError(loaded.error)
+        self.bad.seen += len(loaded.batch[INDEX])
+        share = 100 * self.bad.count / (self.bad.seen + self.bad.count)
+        if self.bad.seen >= min(MINIMUM_SEEN, len(self.source)) and share > self._max_bad_percent:
+            examples = ", ".join(f"{name} ({reason})" for name, reason in list(self.bad.reasons.values())[:EXAMPLES_NAMED])
+            limit = f"more than max_bad_percent={self._max_bad_percent}"
+            raise UserError(f"{self.source.spec.name}: {share:.1f} % of the records are broken, {limit}: {examples}")
+        return loaded.batch
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches made ahead in the background; `close` (or leaving a `with`) ends its threads and processes."""
+
+    def __init__(self, loaded: Any, accept: Callable[[Loaded], Batch]):
+        """`loaded` is Grain's iterator over Loaded, `accept` turns one into a batch or raises."""
+        self._loaded = loaded
+        self._accept = accept
+
+    def __next__(self) -> Batch:
+        return self._accept(next(self._loaded))
+
+    def __enter__(self) -> BatchIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads and processes; further batches cannot be asked for."""
+        self._loaded.close()
+
+
+def evaluation_batches(
+    source: Source, transform: Transform, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every record once, in order; the last batch is padded with copies of row 0 of the source's first readable image.
+
+    Rows of broken records and of padding have `valid` False, `label` -1 and `index` -1. Every host gets the same number of batches, each
+    with batch_size / process_count rows. Raises UserError where process_count does not divide batch_size.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size {batch_size} cannot be divided between {process_count} hosts")
+    rows = batch_size // process_count
+    for start in range(0, len(source), batch_size):
+        first = start + process_index * rows
+        yield _evaluation_batch(source, transform, range(first, first + rows), process_index * rows)
+
+
+def _evaluation_batch(source: Source, transform: Transform, wanted: range, first_row: int) -> Batch:
+    """The records of `wanted`, with invalid rows where one is broken or past the end."""
+    images: list[np.ndarray | None] = []
+    labels, indices = [], []
+    for index in wanted:
+        image, label = None, -1
+        if index < len(source):
+            try:
+                record = source[index]
+                image, label = transform(record[IMAGE], generator(0, index, "evaluation")), record[LABEL]
+            except BadRecord as error:
+                logging.warning("broken record left out of the evaluation: %s: %s", source.name(index), error)
+        images.append(image)
+        labels.append(label if image is not None else -1)
+        indices.append(index if image is not None else -1)
+    filler = _blank(source, transform, images)
+    batch = collate([filler if image is None else image for image in images], labels, indices, first_row)
+    return {**batch, VALID: np.asarray([image is not None for image in images])}
+
+
+def _blank(source: Source, transform: Transform, images: list[np.ndarray | None]) -> np.ndarray:
+    """A black image of the right shape; a host whose rows are all padding has to read one record to know the shape."""
+    known = next((image for image in images if image is not None), None)
+    index = 0
+    while known is None:
+        if index == len(source):
+            raise UserError(f"{source.spec.name}: not one record can be read")
+        try:
+            known = transform(source[index][IMAGE], generator(0, index, "evaluation"))
+        except BadRecord:
+            index += 1
+    return np.zeros_like(known)

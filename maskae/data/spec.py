@@ -1,0 +1,85 @@
+"""What a data set is (`DataSpec`) and the names of the fields of a batch; both are fixed here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from maskae.errors import UserError
+
+IMAGE = "image"  # uint8 [B, H, W, C] from the host, float32 [B, H, W, C] after the device transform
+LABEL = "label"  # int32 [B], -1 where there is none
+INDEX = "index"  # int32 [B], the record in its source
+EXAMPLE = "example"  # int32 [B], the position in the GLOBAL batch: what per-example draws are keyed by
+VALID = "valid"  # bool [B], only in evaluation batches: False for padding rows
+
+NO_LABEL = -1
+
+# The statistics of ImageNet's training images, which every paper on natural images normalises by.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """All that the rest of a run may know about a data set; it travels with every checkpoint.
+
+    Attributes:
+      name: the source as it was asked for, for example `digits` or `folder:photos`.
+      image_shape: (H, W, C) where every record has the same, else None.
+      channels: 1 or 3 (any number for `npz:`); every record is converted to it.
+      mean, std: per channel, in units where 1 is `max_value`; computed on training records.
+      max_value: the value of full brightness in the uint8 arrays, 255 (16 for the scanned digits).
+      num_classes: None where there are no labels.
+      class_names: one per class, empty where unknown.
+      counts: records of each split.
+      split_hash: of the names (or numbers) and labels in the training and the validation split.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int] | None
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_value: int = 255
+    num_classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    split_hash: str = ""
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise UserError(f"{self.name}: {name} has {len(values)} values for {self.channels} channels")
+        if min(self.std) <= 0:
+            raise UserError(f"{self.name}: std {self.std} must be positive: an image set without contrast cannot be normalised")
+
+    def to_json(self) -> str:
+        """The spec as a JSON object; `from_json` gives an equal spec back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> DataSpec:
+        """The spec that `to_json` wrote. Raises UserError for text that is no spec."""
+        try:
+            values = json.loads(text)
+            for name in ("mean", "std", "class_names"):
+                values[name] = tuple(values[name])
+            if values["image_shape"] is not None:
+                values["image_shape"] = tuple(values["image_shape"])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"not a data spec: {error}") from error
+
+
+def split_hash(train: Iterable[tuple[str, int]], val: Iterable[tuple[str, int]]) -> str:
+    """16 hexadecimal digits that change when any (name, label) enters, leaves or changes sides of the split."""
+    digest = hashlib.sha256()
+    for title, members in (("train", train), ("val", val)):
+        digest.update(f"[{title}]\n".encode())
+        for name, label in members:
+            digest.update(f"{name}\t{label}\n".encode())
+    return digest.hexdigest()[:16]
