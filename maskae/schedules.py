@@ -1,0 +1,115 @@
+"""Learning-rate schedules: pure functions of the train step, evaluated at every step (never per epoch), float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskae.errors import UserError, nearest
+
+Schedule = Callable[[Any], jax.Array]
+
+
+def scaled_learning_rate(base: float, batch_size: int, reference: int = 256) -> float:
+    """Linear scaling rule: `base * batch_size / reference`, `batch_size` being the global batch over all devices and accumulation."""
+    return base * batch_size / reference
+
+
+def _with_warmup(peak: float, warmup_steps: float, after: Callable[[jax.Array], jax.Array]) -> Schedule:
+    """0 at step 0, then a straight line that reaches `peak` at `warmup_steps` (which may be fractional), then `after(step)`."""
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        ramp = peak * step / warmup_steps if warmup_steps > 0 else jnp.full_like(step, peak)
+        return jnp.where(step < warmup_steps, ramp, after(step))
+
+    return schedule
+
+
+def warmup_cosine(peak: float, minimum: float, warmup_steps: float, total_steps: float) -> Schedule:
+    """Warm-up, then half a cosine to `minimum`, evaluated at every step (MAE, He et al. 2022: fractional epochs).
+
+    `minimum + (peak - minimum) * (1 + cos(pi * t)) / 2` with `t = (step - warmup_steps) / (total_steps - warmup_steps)`; `minimum`
+    is reached at `step = total_steps`, one after the last executed step, and held.
+    """
+
+    def after(step: jax.Array) -> jax.Array:
+        left = jnp.clip((total_steps - step) / max(total_steps - warmup_steps, 1e-9), 0.0, 1.0)
+        # (1 + cos(pi t)) / 2 == sin(pi (1 - t) / 2)^2: the sum loses all its float32 digits near the end, the square none.
+        return minimum + (peak - minimum) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
+
+    return _with_warmup(peak, warmup_steps, after)
+
+
+def warmup_linear(peak: float, minimum: float, warmup_steps: float, total_steps: float) -> Schedule:
+    """Warm-up, then a straight line to `minimum` at `total_steps`."""
+
+    def after(step: jax.Array) -> jax.Array:
+        left = jnp.clip((total_steps - step) / max(total_steps - warmup_steps, 1e-9), 0.0, 1.0)
+        return minimum + (peak - minimum) * left
+
+    return _with_warmup(peak, warmup_steps, after)
+
+
+def warmup_constant(peak: float, warmup_steps: float) -> Schedule:
+    """Warm-up, then `peak` for ever."""
+    return _with_warmup(peak, warmup_steps, lambda step: jnp.full_like(step, peak))
+
+
+def warmup_rsqrt(peak: float, minimum: float, warmup_steps: float, timescale: float) -> Schedule:
+    """Warm-up, then `peak / sqrt(1 + (step - warmup_steps) / timescale)`, never below `minimum`; it does not depend on the run's length."""
+
+    def after(step: jax.Array) -> jax.Array:
+        return jnp.maximum(minimum, peak * jax.lax.rsqrt(1 + jnp.maximum(step - warmup_steps, 0.0) / timescale))
+
+    return _with_warmup(peak, warmup_steps, after)
+
+
+def warmup_step(peak: float, warmup_steps: float, milestones: Sequence[float], factor: float) -> Schedule:
+    """Warm-up, then `peak` times `factor` for every milestone (in steps) that has been reached."""
+    edges = tuple(float(milestone) for milestone in milestones)
+
+    def after(step: jax.Array) -> jax.Array:
+        passed = sum(((step >= edge).astype(jnp.float32) for edge in edges), jnp.zeros_like(step))
+        return peak * factor**passed
+
+    return _with_warmup(peak, warmup_steps, after)
+
+
+SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "step")
+
+
+def make_schedule(
+    name: str,
+    *,
+    peak: float,
+    total_steps: float,
+    warmup_steps: float = 0.0,
+    minimum: float = 0.0,
+    timescale: float = 10_000.0,
+    milestones: Sequence[float] = (),
+    factor: float = 0.1,
+) -> Schedule:
+    """The schedule called `name`, one of `SCHEDULES`; all lengths are in steps and may be fractional.
+
+    Raises:
+      UserError: unknown name, a negative length, or a warm-up longer than the run.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"unknown schedule {name!r}{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
+    if warmup_steps < 0 or total_steps <= 0:
+        raise UserError(f"a schedule needs warmup_steps >= 0 and total_steps > 0, not {warmup_steps:g} and {total_steps:g}")
+    if warmup_steps > total_steps:
+        raise UserError(f"the warm-up of {warmup_steps:g} steps is longer than the run of {total_steps:g} steps")
+    if name == "cosine":
+        return warmup_cosine(peak, minimum, warmup_steps, total_steps)
+    if name == "linear":
+        return warmup_linear(peak, minimum, warmup_steps, total_steps)
+    if name == "rsqrt":
+        return warmup_rsqrt(peak, minimum, warmup_steps, timescale)
+    if name == "step":
+        return warmup_step(peak, warmup_steps, milestones, factor)
+    return warmup_constant(peak, warmup_steps)
