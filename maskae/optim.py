@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from maskae.errors import UserError, nearest
+from maskae.paths import flatten_paths, map_paths, unflatten_paths
 from maskae.schedules import Schedule
 
 Tree = Any
@@ -41,31 +42,6 @@ class Optimizer:
     init: Callable[[Tree], Tree]
     update: Callable[[Tree, Tree, Tree, Any], tuple[Tree, Tree]]
     schedule: Schedule
-
-
-def flatten_paths(tree: Tree) -> dict[str, Any]:
-    """`{"encoder/norm/scale": leaf, ...}` of a nested dict, in the tree's own order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def unflatten_paths(flat: dict[str, Any]) -> Tree:
-    """The nested dict of which `flat` is the `flatten_paths`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
-
-
-def _map_paths(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`function(path, leaf, *other leaves)` on every leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves), tree, *rest
-    )
 
 
 def is_vector(path: str, leaf: Any) -> bool:
@@ -92,7 +68,7 @@ def decay_mask(params: Tree, no_decay: Sequence[str] = ("vectors",)) -> Tree:
     def decays(path: str, leaf: Any) -> bool:
         return not (path.rsplit("/", 1)[-1] in no_decay or ("vectors" in no_decay and is_vector(path, leaf)))
 
-    return _map_paths(decays, params)
+    return map_paths(decays, params)
 
 
 def layer_decay_scales(params: Tree, layer_decay: float, encoder: str = "encoder") -> Tree:
@@ -116,7 +92,7 @@ def layer_decay_scales(params: Tree, layer_decay: float, encoder: str = "encoder
         found = block.match(path)
         return layer_decay ** (depth - int(found[1])) if found else 1.0
 
-    return _map_paths(scale, params)
+    return map_paths(scale, params)
 
 
 def lr_scale_tree(params: Tree, layer_decay: float | None = None, lr_scales: Sequence[tuple[str, float]] = ()) -> Tree:
@@ -139,7 +115,7 @@ def lr_scale_tree(params: Tree, layer_decay: float | None = None, lr_scales: Seq
     def factor(path: str, scale: float) -> float:
         return scale * next((value for pattern, value in lr_scales if re.search(pattern, path)), 1.0)
 
-    return _map_paths(factor, scales)
+    return map_paths(factor, scales)
 
 
 OPTIMIZERS = ("adamw", "adam", "lars", "sgd", "nesterov")
@@ -156,7 +132,7 @@ def _trust_ratio(grads: Tree, params: Tree, trust: float) -> Tree:
         usable = (weight_norm > 0) & (grad_norm > 0)
         return grad * jnp.where(usable, trust * weight_norm / jnp.where(usable, grad_norm, 1.0), 1.0).astype(grad.dtype)
 
-    return _map_paths(rescale, grads, params)
+    return map_paths(rescale, grads, params)
 
 
 def _add_decay(grads: Tree, params: Tree, weight_decay: float, mask: Tree) -> Tree:
