@@ -1,0 +1,1 @@
+"""Losses: arrays in, one float32 scalar out."""

@@ -1,0 +1,36 @@
+"""Reconstruction losses on patches."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def patch_statistics(patches: jax.Array, epsilon: float = 1e-6) -> tuple[jax.Array, jax.Array]:
+    """Mean and sqrt(variance + epsilon) of each patch [..., V] -> two of float32 [..., 1].
+
+    The variance is the unbiased one (divided by V - 1), as in the released MAE code; `jnp.var` divides by V.
+    """
+    patches = patches.astype(jnp.float32)
+    mean = patches.mean(-1, keepdims=True)
+    variance = patches.var(-1, keepdims=True, ddof=1)
+    return mean, jnp.sqrt(variance + epsilon)
+
+
+def normalise_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Each patch [..., V] minus its mean, over its standard deviation: the target of MAE's `norm_pix_loss` (He et al. 2022, section 3)."""
+    mean, deviation = patch_statistics(patches, epsilon)
+    return (patches.astype(jnp.float32) - mean) / deviation
+
+
+def masked_mean_squared_error(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Squared error averaged over a patch's values, then over the removed patches of the whole batch; float32 scalar.
+
+    Args:
+        prediction: [B, L, V].
+        target: [B, L, V].
+        mask: [B, L], 1 = removed. Kept patches do not count.
+    """
+    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)).mean(-1)  # [B, L]
+    mask = mask.astype(jnp.float32)
+    return (error * mask).sum() / mask.sum()

@@ -1,0 +1,111 @@
+"""A stack of blocks: unrolled or scanned, with or without rematerialisation, over the same stored parameters `block_0`, `block_1`, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from maskae.errors import UserError, nearest
+from maskae.nn.layers import Block, DropPath
+
+REMAT_POLICIES = ("none", "dots", "full", "offload")
+BLOCK_INPUT = "block_input"
+
+
+def rematerialise(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """Wrap a block so that the backward pass recomputes what the policy does not keep.
+
+    "none" keeps everything, "dots" keeps the outputs of weight matmuls, "full" keeps only the block's input, "offload" keeps only that and
+    keeps it in host memory. Raises UserError for another name.
+    """
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return function
+    if policy == "dots":
+        return jax.checkpoint(function, policy=policies.dots_with_no_batch_dims_saveable)
+    if policy == "full":
+        return jax.checkpoint(function, policy=policies.nothing_saveable)
+    if policy == "offload":
+        host = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host"
+        )
+        return jax.checkpoint(function, policy=host)
+    raise UserError(f"unknown remat policy '{policy}'{nearest(policy, REMAT_POLICIES)}; there are {', '.join(REMAT_POLICIES)}")
+
+
+def cast_for_compute(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """A block's parameters in the compute dtype, norms left in float32 because they compute in it."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if str(path[0].key).startswith("norm") else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def drop_path_rates(rate: float, depth: int) -> jax.Array:
+    """float32 [depth]: 0 at the first block, rising linearly to `rate` at the last."""
+    return jnp.linspace(0.0, rate, depth)
+
+
+def run_blocks(
+    module: nn.Module,
+    blocks: Sequence[Block],
+    x: jax.Array,
+    *,
+    attention_bias: jax.Array | None = None,
+    drop: DropPath | None = None,
+    scan: bool = False,
+    remat: str = "none",
+    collect: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Apply `module`'s blocks, equal but for their parameters, one after the other.
+
+    With `scan` the blocks' parameters are cast to the compute dtype, stacked and scanned inside the program: one block is compiled instead
+    of `depth`. Scanning keeps every residual of the body, so it wants `remat` at least "dots".
+
+    Args:
+        module: the owner, whose parameters hold one dict `block_{i}` per block.
+        blocks: submodules of `module` named `block_{i}`.
+        x: [B, N, D] tokens.
+        attention_bias: added to every block's scores, broadcastable to [B, heads, N, N].
+        drop: rates [depth] and draws [depth, 2, B].
+        collect: also return every block's output.
+
+    Returns:
+        The last block's output [B, N, D], and with `collect` all outputs (a list, or [depth, B, N, D] from a scan), else None.
+    """
+    if remat not in REMAT_POLICIES:
+        rematerialise(lambda: None, remat)
+    if module.is_initializing():
+        for block in blocks:
+            x = block(x, attention_bias)
+        return x, None
+    names = [str(block.name) for block in blocks]
+    params = [module.variables["params"][name] for name in names]
+    plain: Any = blocks[0].clone(parent=None, name=None)
+
+    def apply(x: jax.Array, block_params: dict[str, Any], block_drop: DropPath | None) -> jax.Array:
+        x = checkpoint_name(x, BLOCK_INPUT)
+        return plain.apply({"params": block_params}, x, attention_bias, block_drop)
+
+    step = rematerialise(apply, remat)
+    if not scan:
+        outputs = []
+        for index, (name, block_params) in enumerate(zip(names, params, strict=True)):
+            with jax.named_scope(name):
+                x = step(x, block_params, None if drop is None else DropPath(drop.rate[index], drop.draws[index]))
+            outputs.append(x)
+        return x, outputs if collect else None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(cast_for_compute(each, plain.dtype) for each in params))
+
+    def body(x: jax.Array, of_block: tuple[dict[str, Any], DropPath | None]) -> tuple[jax.Array, jax.Array | None]:
+        x = step(x, *of_block)
+        return x, x if collect else None
+
+    return jax.lax.scan(body, x, (stacked, drop))

@@ -1,0 +1,50 @@
+"""What a system is: pure functions over (params, state, batch) that one training loop, one set of evaluators and one checkpointer serve."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+Params = dict[str, Any]
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+class Variables(NamedTuple):
+    """`params` is what gradients train; `state` is everything else that must survive a restart (EMA teachers, queues, batch statistics)."""
+
+    params: Params
+    state: State
+
+
+class Outputs(NamedTuple):
+    """`metrics` are float32 scalars to log; `state` replaces the state that went in (equal to it where the system has none)."""
+
+    metrics: dict[str, jax.Array]
+    state: State
+
+
+@runtime_checkable
+class System(Protocol):
+    """A frozen dataclass of plain arguments. `batch["image"]` arrives float32 [B, H, W, C], normalised; `batch["example"]` int32 [B].
+
+    Optional methods, looked up by name: `reconstruct(params, state, batch, rng)` -> panels to look at, each float32 [B, H, W, C] in
+    normalised units, and `begin(variables, dataset)` -> variables, on the host, at the start of a stage.
+    """
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Fresh variables; reads only the shapes of `batch`, so it runs under `jax.eval_shape` and `jax.jit` with output shardings."""
+        ...
+
+    def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
+        """Scalar float32 over the global batch. `rng` is the key of this step; draws depend on it and on `batch["example"]` alone."""
+        ...
+
+    def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
+        """`pooled` [B, D], `cls` [B, D] where there is one, `tokens` [B, N, D]; classifiers also `logits` [B, K]. All float32."""
+        ...
+
+    def forward_flops(self, batch: Batch) -> float:
+        """Matmul FLOPs (2 per multiply-add) of one forward pass of the loss per example, by formula; reads only shapes."""
+        ...

@@ -1,0 +1,196 @@
+"""MAE: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022, arXiv 2111.06377.
+
+A ViT encodes the kept quarter of the patches; a small decoder sees them among mask tokens and predicts the pixels of the removed rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskae.errors import UserError, nearest
+from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
+from maskae.masking import block_noise, draw_noise, grid_noise, keep_count, random_mask, take_tokens
+from maskae.nn.flops import block_flops, linear_flops
+from maskae.nn.patches import patch_grid, patchify, unpatchify
+from maskae.nn.sharding import constrain
+from maskae.nn.vit import MaeDecoder, ViTEncoder
+from maskae.systems.contract import Batch, Outputs, Params, State, Variables
+
+MASKERS = ("random", "block", "grid")
+POOLS = ("mean", "cls")
+
+
+@dataclass(frozen=True)
+class Mae:
+    """Arguments with the paper's ViT-B/16 values.
+
+    Args:
+        image_size: pixels, one number or (height, width).
+        keep: kept patches per image; None takes int(L * (1 - mask_ratio)).
+        masker: "random" (the method), or "block" or "grid" (the paper's ablations).
+        norm_pix_loss: the target is each patch normalised by its own mean and deviation.
+        pool: what `features` calls pooled, "mean" of the patch tokens or "cls".
+        dtype: of the computation; parameters, norms, softmax and loss are float32.
+        scan, remat, attention: see `maskae.nn.stack.run_blocks` and `maskae.nn.layers.Attention`.
+
+    Raises:
+        UserError: where the sizes do not fit together or a name is unknown.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    channels: int = 3
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    mask_ratio: float = 0.75
+    keep: int | None = None
+    masker: str = "random"
+    norm_pix_loss: bool = True
+    pool: str = "mean"
+    dtype: str = "float32"
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is built."""
+        for name, value, known in (("masker", self.masker, MASKERS), ("pool", self.pool, POOLS)):
+            if value not in known:
+                raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
+        for part, width, heads in (("width", self.width, self.heads), ("decoder_width", self.decoder_width, self.decoder_heads)):
+            if width % heads:
+                raise UserError(f"{part}={width} is not a multiple of its {heads} heads")
+        self.kept(self.grid)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return patch_grid(size[0], size[1], self.patch_size)
+
+    def kept(self, grid: tuple[int, int]) -> int:
+        """Number of kept patches. Raises UserError unless some are kept and some removed."""
+        length = grid[0] * grid[1]
+        keep = keep_count(length, self.mask_ratio) if self.keep is None else self.keep
+        if not 0 < keep < length:
+            raise UserError(f"keep={self.keep}, mask_ratio={self.mask_ratio} keep {keep} of {length} patches; keep 1 to {length - 1}")
+        return keep
+
+    @property
+    def compute(self) -> dict[str, Any]:
+        """How both halves compute."""
+        return {"dtype": jnp.dtype(self.dtype), "scan": self.scan, "remat": self.remat, "attention": self.attention}
+
+    @property
+    def encoder(self) -> ViTEncoder:
+        """The part that downstream tasks keep."""
+        return ViTEncoder(self.patch_size, self.width, self.depth, self.heads, self.grid, self.mlp_ratio, **self.compute)
+
+    @property
+    def decoder(self) -> MaeDecoder:
+        """The part that is thrown away after pre-training."""
+        outputs = self.patch_size**2 * self.channels
+        return MaeDecoder(self.decoder_width, self.decoder_depth, self.decoder_heads, outputs, self.mlp_ratio, **self.compute)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Fresh parameters; the batch is not read."""
+        encoder_key, decoder_key = jax.random.split(rng)
+        rows, columns = self.grid
+        images = jnp.zeros((1, rows * self.patch_size, columns * self.patch_size, self.channels))
+        encoder = self.encoder.init(encoder_key, images)["params"]
+        latent = jnp.zeros((1, 2, self.width))
+        decoder = self.decoder.init(decoder_key, latent, jnp.arange(rows * columns)[None], self.grid)["params"]
+        return Variables({"encoder": encoder, "decoder": decoder}, {})
+
+    def forward(self, params: Params, images: jax.Array, noise: jax.Array, collect: bool = False) -> dict[str, Any]:
+        """Everything between images [B, H, W, C] and the prediction, by name, with the masking noise [B, L] given.
+
+        `collect` adds every block's output as `encoder_blocks` and `decoder_blocks`.
+        """
+        encode: Any = partial(self.encoder.apply, {"params": params["encoder"]})
+        decode: Any = partial(self.decoder.apply, {"params": params["decoder"]})
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        mask = random_mask(noise, self.kept(grid))
+        embedded = encode(images, method="embed")  # [B, L, D]
+        x_masked = constrain(take_tokens(embedded, mask.keep_indices), "batch")  # [B, n, D]
+        latent = encode(x_masked, collect=collect, method="encode")  # [B, 1+n, D]
+        decoder_in = decode(latent.tokens, mask.restore, grid, method="restore")  # [B, 1+L, d]
+        decoded = decode(decoder_in, collect, method="decode")  # [B, L, p*p*C]
+        named = {"embedded": embedded, "x_masked": x_masked, "latent": latent.tokens, "decoder_in": decoder_in, "pred": decoded.tokens}
+        named |= {"mask": mask.mask, "ids_restore": mask.restore, "ids_keep": mask.keep_indices}
+        return named | ({"encoder_blocks": latent.blocks, "decoder_blocks": decoded.blocks} if collect else {})
+
+    def target(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> what the decoder should predict, float32 [B, L, p*p*C]."""
+        patches = patchify(images.astype(jnp.float32), self.patch_size)
+        return normalise_patches(patches) if self.norm_pix_loss else patches
+
+    def noise(self, images: jax.Array, example: jax.Array, rng: jax.Array) -> jax.Array:
+        """The masking noise [B, L] of the chosen masker."""
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        if self.masker == "grid":
+            return grid_noise(example, grid)
+        if self.masker == "block":
+            return block_noise(rng, example, grid)
+        return draw_noise(rng, example, grid[0] * grid[1])
+
+    def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
+        """Mean squared error on removed patches. `trivial_loss` is that of predicting zero: a loss near it has learned nothing."""
+        images = batch["image"]
+        named = self.forward(params, images, self.noise(images, batch["example"], rng))
+        target = self.target(images)
+        loss = masked_mean_squared_error(named["pred"], target, named["mask"])
+        trivial = masked_mean_squared_error(jnp.zeros_like(target), target, named["mask"])
+        return loss, Outputs({"trivial_loss": trivial}, state)
+
+    def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
+        """Final-norm outputs of the unmasked image: `cls` [B, D], `tokens` [B, L, D] in raster order, `pooled` [B, D]; float32."""
+        encode: Any = self.encoder.apply
+        tokens = encode({"params": params["encoder"]}, batch["image"]).astype(jnp.float32)  # [B, 1+L, D]
+        cls, patches = tokens[:, 0], tokens[:, 1:]
+        return {"pooled": patches.mean(1) if self.pool == "mean" else cls, "cls": cls, "tokens": patches}
+
+    def reconstruct(self, params: Params, state: State, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Panels [B, H, W, C] in normalised units; kept patches show their own pixels. See `panel_labels` for what each one is."""
+        images = batch["image"].astype(jnp.float32)
+        named = self.forward(params, images, self.noise(images, batch["example"], rng))
+        patches, prediction = patchify(images, self.patch_size), named["pred"].astype(jnp.float32)
+        removed = named["mask"][:, :, None]  # [B, L, 1]
+        mean, deviation = patch_statistics(patches)  # [B, L, 1]
+        if self.norm_pix_loss:
+            # The network says nothing about a patch's brightness and contrast. Without looking at hidden pixels the best guess for both is
+            # their average over the patches that it saw.
+            kept = (1 - removed) / (1 - removed).sum(1, keepdims=True)
+            raw = prediction * (deviation * kept).sum(1, keepdims=True) + (mean * kept).sum(1, keepdims=True)
+            known = prediction * deviation + mean
+        else:
+            raw, known = prediction, normalise_patches(prediction) * deviation + mean
+        shown = {"original": patches, "masked": jnp.zeros_like(patches), "prediction": raw, "prediction_with_patch_statistics": known}
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        return {name: unpatchify(jnp.where(removed > 0, panel, patches), grid, self.patch_size) for name, panel in shown.items()}
+
+    @property
+    def panel_labels(self) -> dict[str, str]:
+        """What each panel of `reconstruct` truthfully is."""
+        unseen = "raw prediction, drawn with the mean statistics of the kept patches" if self.norm_pix_loss else "raw prediction"
+        known = "prediction with each hidden patch's true mean and contrast"
+        return {"original": "original", "masked": "masked", "prediction": unseen, "prediction_with_patch_statistics": known}
+
+    def forward_flops(self, batch: Batch) -> float:
+        """Patch projection of all patches, encoder on 1 + kept tokens, decoder on 1 + L tokens; 19.6 GFLOP for ViT-B/16 at 224."""
+        rows, columns = patch_grid(batch["image"].shape[1], batch["image"].shape[2], self.patch_size)
+        length, values = rows * columns, self.patch_size**2 * self.channels
+        seen = 1 + self.kept((rows, columns))
+        encoder = linear_flops(length, values, self.width) + self.depth * block_flops(seen, self.width, self.mlp_ratio)
+        decoder = linear_flops(seen, self.width, self.decoder_width) + linear_flops(length, self.decoder_width, values)
+        return encoder + decoder + self.decoder_depth * block_flops(length + 1, self.decoder_width, self.mlp_ratio)
