@@ -20,8 +20,8 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from maskae.data.sources import BadRecord, Source
-from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, VALID
+from maskae.data.sources import Source
+from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, VALID, BadRecord
 from maskae.errors import UserError
 
 Batch = dict[str, np.ndarray]

@@ -24,10 +24,6 @@ DIGITS_MAX_VALUE = 16
 DIGITS_VAL_COUNT = 360
 
 
-class BadRecord(Exception):
-    """A record that cannot be read; the message is the reason. The pipeline replaces, counts and names it."""
-
-
 class Source(Protocol):
     """A random-access sequence of records."""
 

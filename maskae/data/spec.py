@@ -23,6 +23,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class BadRecord(Exception):
+    """A record that cannot be read; the message is the reason. The pipeline replaces, counts and names it."""
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """All that the rest of a run may know about a data set; it travels with every checkpoint.
