@@ -5,7 +5,5 @@ from __future__ import annotations
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
-from maskae.systems.mae_finetune import FineTune
-from maskae.systems.mae_probe import LinearProbe
 
 SYSTEMS: dict[str, type] = {"mae": Mae, "mae_finetune": FineTune, "mae_probe": LinearProbe}
