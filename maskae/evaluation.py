@@ -1,0 +1,177 @@
+"""What a run's variables are worth at some step: features once, every evaluator on them, baselines beside them, panels to look at."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maskae import config as config_module
+from maskae import evaluate
+from maskae.data.pipeline import Batch
+from maskae.errors import UserError
+from maskae.experiment import Experiment
+from maskae.monitor import Writer
+from maskae.monitor.tables import write_atomically
+from maskae.panels import draw_panels
+from maskae.step import TrainState, purpose_key
+
+logger = logging.getLogger(__name__)
+
+TRAINED, UNTRAINED, RAW = "pretrained", "untrained", "raw pixels"
+Results = dict[str, dict[str, float]]
+
+
+class Evaluation:
+    """The evaluators of one config. Results lie in `<workdir>/evaluation.json`: a row per kind of feature, each {metric: value}."""
+
+    def __init__(self, experiment: Experiment, workdir: Path | None):
+        """`workdir` None keeps nothing on disk. Raises UserError for an unknown evaluator or argument."""
+        self.experiment, self.workdir = experiment, workdir
+        self.evaluators = evaluate.make_evaluators(experiment.config.evaluate.evaluators.to_dict())
+        self.features = jax.jit(self._features)
+        self.panels = jax.jit(self._panels)
+        self.rows: Results = read_rows(workdir)
+        self.step = 0
+
+    def _features(self, variables: tuple[Any, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return self.experiment.system.features(*variables, self.experiment.prepare_evaluation(batch))
+
+    def _panels(self, variables: tuple[Any, Any], batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        reconstruct = self.experiment.system.reconstruct  # type: ignore[attr-defined]
+        return reconstruct(*variables, self.experiment.prepare_evaluation(batch), key)
+
+    def batches(self, split: str) -> Iterator[dict[str, jax.Array]]:
+        """Every record of a split once, on the devices."""
+        return (self.experiment.put(batch) for batch in self.experiment.evaluation_batches(split))
+
+    def extract(self, variables: tuple[Any, Any], split: str, keys: tuple[str, ...]) -> evaluate.Features:
+        """The features of one split."""
+        return evaluate.extract(lambda batch: self.features(variables, batch), self.batches(split), keys)
+
+    def start(self, state: TrainState, writer: Writer) -> dict[str, float]:
+        """Before the first step: the baselines, which also shows that evaluation works before hours of training depend on it."""
+        self.rows = {}
+        config = self.experiment.config
+        if config.evaluate.baselines:
+            self.rows[RAW] = self.raw_pixels()
+            self.rows["before training" if config.init_from else UNTRAINED] = self.metrics(state)
+            self.draw(state, 0, writer)
+            self.save()
+            return self._columns(self.metrics_of_last_row())
+        first = self.experiment.put(next(self.experiment.evaluation_batches("val")))
+        jax.block_until_ready(self.features(variables_of(state), first))
+        return {}
+
+    def metrics_of_last_row(self) -> dict[str, float]:
+        """The row written last."""
+        return list(self.rows.values())[-1]
+
+    def run(self, state: TrainState, step: int, writer: Writer) -> dict[str, float]:
+        """Evaluates the state of `step`, keeps its row and panels, and returns the columns for the metric files."""
+        self.step = step
+        self.rows[TRAINED] = self.metrics(state)
+        self.draw(state, step, writer)
+        self.save()
+        return self._columns(self.rows[TRAINED])
+
+    @staticmethod
+    def _columns(metrics: dict[str, float]) -> dict[str, float]:
+        return {f"evaluate/{name}": value for name, value in metrics.items()}
+
+    def metrics(self, state: TrainState) -> dict[str, float]:
+        """All evaluators on the features of these variables."""
+        if not self.evaluators:
+            return {}
+        keys = evaluate.needed_keys(self.evaluators)
+        train, val = (self.extract(variables_of(state), split, keys) for split in ("train", "val"))
+        return evaluate.run(self.evaluators, train, val, self.experiment.config.seed)
+
+    def raw_pixels(self) -> dict[str, float]:
+        """The evaluators that need one vector per image, on the pixels themselves."""
+        chosen = {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.keys == ("pooled",)}
+        if not chosen:
+            return {}
+        train, val = (evaluate.raw_pixels(self._real_rows(split)) for split in ("train", "val"))
+        return evaluate.run(chosen, train, val, self.experiment.config.seed)
+
+    def _real_rows(self, split: str) -> Iterator[Batch]:
+        return self.experiment.evaluation_batches(split)
+
+    def draw(self, state: TrainState, step: int, writer: Writer) -> None:
+        """The reconstruction panel of the first validation images, for systems that reconstruct."""
+        count = self.experiment.config.evaluate.panels
+        system = self.experiment.system
+        if not count or not hasattr(system, "reconstruct"):
+            return
+        batch = next(self.experiment.evaluation_batches("val"))
+        shown = min(count, int(batch["valid"].sum()))
+        key = purpose_key(self.experiment.root_key, "panels")
+        panels = self.panels(variables_of(state), self.experiment.put(batch), key)
+        labels = getattr(system, "panel_labels", {})
+        columns = {labels.get(name, name): np.asarray(images)[:shown] for name, images in panels.items()}
+        spec = self.experiment.spec
+        sheet = draw_panels(columns, mean=spec.mean, std=spec.std, rows=shown, caption=f"{spec.name}, validation images, step {step}")
+        writer.images(step, {"reconstruction": sheet})
+
+    def save(self) -> None:
+        """Writes the rows; only the first process does."""
+        if self.workdir is not None and jax.process_index() == 0:
+            text = json.dumps({"step": self.step, "rows": self.rows}, indent=1)
+            write_atomically(self.workdir / "evaluation.json", text)
+
+    def finetune(self, pretrained: Path, run: Callable[[ConfigDict, Path], int]) -> None:
+        """Fine-tunes `pretrained` by the recipe `evaluate.finetune` with the ordinary loop in `<workdir>/finetune`, and keeps its accuracy."""
+        own = self.experiment.config
+        config = config_module.load_config(own.evaluate.finetune)
+        with config.unlocked():
+            config.init_from = str(pretrained)
+            for key in ("source", "root", "val_percent", "split_seed", "max_examples", "image_size", "channels"):
+                config.data[key] = own.data[key]
+            for key in ("patch_size", "width", "depth", "heads"):
+                config.model[key] = own.model[key]
+            config.model.num_classes = self.experiment.num_classes
+        folder = (self.workdir or pretrained.parent) / "finetune"
+        if run(config, folder):
+            return
+        result = read_rows(folder).get(TRAINED)
+        if result is None:
+            raise UserError(f"{own.evaluate.finetune} has no evaluator, so {folder} gives no accuracy")
+        self.rows.setdefault(TRAINED, {}).update({f"finetune_{name}": value for name, value in result.items()})
+        self.save()
+
+    def table(self) -> list[str]:
+        """The results as lines of text: a row per metric, a column per kind of feature."""
+        return table_lines(self.rows)
+
+
+def variables_of(state: TrainState) -> tuple[Any, Any]:
+    """(params, state) to evaluate: the averaged parameters where the run keeps them."""
+    return state["ema"] or state["params"], state["state"]
+
+
+def read_rows(workdir: Path | None) -> Results:
+    """The rows of `<workdir>/evaluation.json`, or none."""
+    path = workdir / "evaluation.json" if workdir is not None else None
+    return json.loads(path.read_text())["rows"] if path is not None and path.exists() else {}
+
+
+def table_lines(rows: Results) -> list[str]:
+    """`rows` as a text table; a metric that a row lacks is a dash."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if not names:
+        return []
+    order = [name for name in (TRAINED, *rows) if name in rows]
+    columns = list(dict.fromkeys(order))
+    width = max(len(name) for name in names)
+    lines = [" " * width + "".join(f"  {column:>15s}" for column in columns)]
+    for name in names:
+        cells = (f"{rows[column][name]:.4f}" if name in rows[column] else "-" for column in columns)
+        lines.append(f"{name:{width}s}" + "".join(f"  {cell:>15s}" for cell in cells))
+    return lines

@@ -1,0 +1,286 @@
+"""From a config to the pieces of a run: devices, data, system, optimizer. The last place that sees the config besides the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from maskae import mesh as mesh_module
+from maskae import start
+from maskae.config import build_from
+from maskae.data import device
+from maskae.data.pipeline import Batch, Pipeline, evaluation_batches
+from maskae.data.sources import Source, open_source
+from maskae.data.spec import DataSpec
+from maskae.data.transforms import STEPS, Transform, make_transform
+from maskae.durations import duration_steps, whole_steps
+from maskae.errors import UserError
+from maskae.optim import Optimizer, make_optimizer
+from maskae.schedules import make_schedule, scaled_learning_rate
+from maskae.step import TrainState, init_train_state, make_train_step, train_state_of
+from maskae.systems import SYSTEMS
+from maskae.systems.contract import System, Variables
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The pieces of one run, each built from its part of the config."""
+
+    config: ConfigDict
+    mesh: Mesh
+    system: System
+    train_source: Source
+    val_source: Source
+
+    @property
+    def spec(self) -> DataSpec:
+        """What the data is."""
+        return self.train_source.spec
+
+    @property
+    def root_key(self) -> jax.Array:
+        """The run's one key. Not cached: the first use may be inside a trace."""
+        return jax.random.key(self.config.seed)
+
+    @cached_property
+    def total_steps(self) -> int:
+        """The length of the run."""
+        steps = whole_steps(self._steps(self.config.train, "total", None))
+        if steps < 1:
+            raise UserError("train.total: the run has no step")
+        return steps
+
+    def _steps(self, group: ConfigDict, name: str, total: float | None) -> float:
+        return duration_steps(
+            group, name, batch_size=self.config.train.batch_size, examples_per_epoch=len(self.train_source), total_steps=total
+        )
+
+    def every(self, group: ConfigDict, name: str = "every") -> int:
+        """A repeated duration in whole steps, at least 1; 0 stays 0 and means never."""
+        steps = self._steps(group, name, self.total_steps)
+        return max(1, round(steps)) if steps > 0 else 0
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """The update rule with its schedule."""
+        group = self.config.optimizer
+        schedule = make_schedule(
+            group.schedule,
+            peak=scaled_learning_rate(group.base_learning_rate, self.config.train.batch_size),
+            total_steps=self._steps(self.config.train, "total", None),
+            warmup_steps=self._steps(group, "warmup", self.total_steps),
+            minimum=group.minimum,
+        )
+        try:
+            return make_optimizer(
+                group.name,
+                schedule=schedule,
+                no_decay=tuple(group.no_decay),
+                layer_decay=group.layer_decay if group.layer_decay != 1.0 else None,
+                **group.arguments.to_dict(),
+            )
+        except TypeError as error:
+            raise UserError(f"optimizer.arguments: {error}") from error
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Training batches of this process."""
+        data = self.config.data
+        return Pipeline(
+            self.train_source,
+            self.transform(data.train_transform),
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=data.threads,
+            workers=data.workers,
+            max_bad_percent=data.max_bad_percent,
+        )
+
+    def transform(self, steps: Any) -> Transform:
+        """The host transform of a config's (name, arguments) pairs; a step that takes a size gets the config's image size."""
+        sized = {name for name, step in STEPS.items() if any(field.name == "size" for field in dataclasses.fields(step))}
+        size = {"size": self.config.data.image_size}
+        return make_transform(
+            [(name, (size if name in sized else {}) | dict(arguments)) for name, arguments in steps], self.config.data.channels
+        )
+
+    def evaluation_batches(self, split: str) -> Iterator[Batch]:
+        """Every record of `train` or `val` once, without augmentation."""
+        group = self.config.evaluate
+        source = {"train": self.train_source, "val": self.val_source}[split]
+        if group.max_examples:
+            source = limited(source, group.max_examples)
+        return evaluation_batches(
+            source,
+            self.transform(self.config.data.val_transform),
+            group.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        """A host batch on the devices."""
+        return mesh_module.put_batch(batch, self.mesh)
+
+    def prepare(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """The device transform of a training batch: flip, normalise, mix, erase."""
+        data = self.config.data
+        example = batch["example"]
+        flip_key, mix_key, erase_key = jax.random.split(key, 3)
+        images = device.flip(batch["image"], example, flip_key) if data.flip else batch["image"]
+        batch = {**batch, "image": device.normalize(images, self.spec)}
+        if data.mixup_alpha or data.cutmix_alpha:
+            batch["image"], batch["soft_label"] = device.mixup_cutmix(
+                batch["image"],
+                batch["label"],
+                mix_key,
+                mixup_alpha=data.mixup_alpha,
+                cutmix_alpha=data.cutmix_alpha,
+                smoothing=data.label_smoothing,
+                num_classes=self.num_classes,
+            )
+        if data.erasing:
+            batch["image"] = device.random_erasing(batch["image"], example, erase_key, probability=data.erasing)
+        return batch
+
+    def prepare_evaluation(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The device transform of an evaluation batch: normalise."""
+        return {**batch, "image": device.normalize(batch["image"], self.spec)}
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data. Raises UserError where there are no labels."""
+        if self.spec.num_classes is None:
+            raise UserError(f"data.source={self.config.data.source} has no labels, which this config needs")
+        return self.spec.num_classes
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether an averaged copy of the parameters is kept, and evaluated."""
+        return bool(self.config.train.ema_decay)
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of one raw global batch, without reading data."""
+        data, size = self.config.data, self.config.train.batch_size
+        image = (size, data.image_size, data.image_size, data.channels)
+        shapes = {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
+        shapes |= {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name in ("label", "index", "example")}
+        sharding = NamedSharding(self.mesh, mesh_module.BATCH)
+        return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in shapes.items()}
+
+    def initial_state(self, batch: dict[str, jax.Array]) -> TrainState:
+        """The train state at step 0, from a raw batch (jit it, or take its shapes)."""
+        prepared = self.prepare(batch, self.root_key)
+        return init_train_state(self.system, self.optimizer, self.root_key, prepared, ema=self.keeps_ema)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+        shapes = jax.eval_shape(self.initial_state, self.batch_shapes())
+        shardings = mesh_module.tree_shardings(shapes, self.mesh)
+        return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+    @cached_property
+    def train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+        """The compiled step; the state that is passed in is given up."""
+        train = self.config.train
+        if train.accumulate > 1 and getattr(self.system, "couples_examples", False):
+            raise UserError(
+                f"train.accumulate={train.accumulate}: the loss of {self.config.system} depends on the whole batch at once, "
+                "so microbatches would change it; set it to 1"
+            )
+        step = make_train_step(
+            self.system,
+            self.optimizer,
+            self.prepare,
+            self.root_key,
+            accumulate=train.accumulate,
+            clip_norm=self.config.optimizer.clip_norm,
+            ema_decay=train.ema_decay,
+        )
+        state = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(step, out_shardings=(state, replicated), donate_argnums=0)
+
+    @property
+    def forward_flops(self) -> float:
+        """Matrix-product FLOPs of one forward pass per example, by formula."""
+        images = self.batch_shapes()["image"]
+        return self.system.forward_flops({"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)})
+
+    def fresh_state(self) -> TrainState:
+        """The initialised train state, each array where it belongs."""
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        zeros = {name: jnp.zeros(s.shape, s.dtype, device=s.sharding) for name, s in self.batch_shapes().items()}
+        return jax.jit(self.initial_state, out_shardings=shardings)(zeros)
+
+    def start_state(self) -> TrainState:
+        """The train state at step 0: fresh, or with the variables of `init_from`."""
+        state = self.fresh_state()
+        if not self.config.init_from:
+            return state
+        started = start.start_from(self.system, Variables(state["params"], state["state"]), Path(self.config.init_from))
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        return jax.jit(lambda v: train_state_of(*v, self.optimizer, ema=self.keeps_ema), out_shardings=shardings)(started)
+
+    def load_for_evaluation(self, path: Path) -> tuple[TrainState, int]:
+        """The variables of a run's newest whole checkpoint, or of a weights file, with their step."""
+        state = self.fresh_state()
+        pretrained = start.read(path, state["params"])
+        state["params"] = start.fill(state["params"], pretrained.params, path)
+        state["ema"] = {}
+        if pretrained.state:
+            state["state"] = start.fill(state["state"], pretrained.state, path)
+        return state, pretrained.step
+
+
+def limited(source: Source, count: int) -> Source:
+    """The first `count` records of a source."""
+    from maskae.data.sources import LimitedSource
+
+    return LimitedSource(source, min(count, len(source)))
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the validation records. Raises UserError for a source that is not there."""
+    data = config.data
+    train, val = (
+        open_source(data.source, split, root=data.root or None, val_percent=data.val_percent, split_seed=data.split_seed)
+        for split in ("train", "val")
+    )
+    return (limited(train, data.max_examples) if data.max_examples else train), val
+
+
+def build(config: ConfigDict, sources: tuple[Source, Source] | None = None) -> Experiment:
+    """Checks the config against data and devices and builds the pieces. Raises UserError."""
+    mesh = mesh_module.make_mesh(config.mesh.to_dict())
+    mesh_module.check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    mesh_module.check_batch(config.evaluate.batch_size, 1, mesh)
+    system = build_from(SYSTEMS, config.system, config.model.to_dict(), "system")
+    train_source, val_source = sources or open_sources(config)
+    spec = train_source.spec
+    if spec.channels != config.data.channels:
+        raise UserError(f"data.channels={config.data.channels}, but {config.data.source} has {spec.channels}: --config.data.channels={spec.channels}")
+    return Experiment(config, mesh, system, train_source, val_source)
+
+
+def parameter_count(tree: Any) -> int:
+    """Numbers in all arrays of a tree."""
+    return int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(tree)))
+
+
+def data_metadata(spec: DataSpec) -> dict[str, Any]:
+    """The data spec as plain JSON values, for a checkpoint's metadata."""
+    return dataclasses.asdict(spec)

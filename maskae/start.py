@@ -1,0 +1,99 @@
+"""Where a run's variables come from when not from scratch: another run's newest whole checkpoint, or a file of weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from maskae.checkpoint import Checkpointer
+from maskae.errors import UserError, nearest
+from maskae.nn.patches import patch_grid
+from maskae.paths import flatten_paths, unflatten_paths
+from maskae.systems.contract import System, Variables
+
+logger = logging.getLogger(__name__)
+
+
+class Pretrained(NamedTuple):
+    """Stored variables as numpy trees.
+
+    Attributes:
+      params: the trained parameters, or their average where the run kept one.
+      state: what else the system kept; {} from a weights file.
+      step: of the checkpoint; 0 from a weights file.
+      grid: rows and columns of patches that it was trained with, where known.
+    """
+
+    params: dict[str, Any]
+    state: dict[str, Any]
+    step: int
+    grid: tuple[int, int] | None
+
+
+def read_run(folder: Path) -> Pretrained:
+    """The newest whole checkpoint of a run folder. Raises UserError where there is none."""
+    if not folder.is_dir():
+        beside = [str(folder.parent / path.name) for path in folder.parent.glob("*")] if folder.parent.is_dir() else []
+        raise UserError(f"no run folder {folder}{nearest(str(folder), beside)}")
+    with Checkpointer(str(folder / "checkpoints"), keep_last=1) as checkpointer:
+        step = checkpointer.latest_step()
+        if step is None:
+            raise UserError(f"{folder} holds no whole checkpoint")
+        model = checkpointer.metadata(step)["config"]["model"]
+        params = checkpointer.restore_raw(step, "ema") or checkpointer.restore_raw(step, "params")
+        state = checkpointer.restore_raw(step, "state")
+    size = model.get("image_size")
+    pair = (size, size) if isinstance(size, int) else size
+    grid = patch_grid(pair[0], pair[1], model["patch_size"]) if pair and "patch_size" in model else None
+    return Pretrained(params, state, step, grid)
+
+
+def read_weights(path: Path, template: dict[str, Any]) -> Pretrained:
+    """The weights file `path` in our names, for parameters shaped like `template`; what does not fit is listed in the log."""
+    from maskae.interop import load_weights
+
+    params, report = load_weights(path, template)
+    for line in report.lines():
+        logger.info("weights: %s", line)
+    return Pretrained(params, {}, 0, None)
+
+
+def read(path: Path, template: dict[str, Any]) -> Pretrained:
+    """A run folder or a weights file."""
+    return read_weights(path, template) if path.is_file() else read_run(path)
+
+
+def start_from(system: System, fresh: Variables, path: Path) -> Variables:
+    """`fresh` with what `path` holds: a pretrained encoder for a system that takes one, else all parameters and state.
+
+    Raises UserError with every leaf that does not fit.
+    """
+    if hasattr(system, "with_encoder"):
+        template = {"encoder": fresh.state.get("encoder") or fresh.params["encoder"]}
+        pretrained = read(path, template)
+        if "encoder" not in pretrained.params:
+            raise UserError(f"{path} holds no encoder; it holds {', '.join(sorted(pretrained.params))}")
+        started: Variables = system.with_encoder(fresh, pretrained.params["encoder"], pretrained.grid)
+        return started
+    pretrained = read(path, fresh.params)
+    return Variables(fill(fresh.params, pretrained.params, path), fill(fresh.state, pretrained.state, path) if pretrained.state else fresh.state)
+
+
+def fill(wanted: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tree `wanted` with the values of `given`, each where `wanted` has it (sharding, dtype). Raises UserError for leaves that differ."""
+    have, need = flatten_paths(given), flatten_paths(wanted)
+    lines = [f"{name}: not in {path}" for name in need if name not in have]
+    lines += [f"{name}: only in {path}" for name in have if name not in need]
+    lines += [
+        f"{name}: {list(have[name].shape)} in {path}, {list(leaf.shape)} in the model"
+        for name, leaf in need.items()
+        if name in have and tuple(have[name].shape) != tuple(leaf.shape)
+    ]
+    if lines:
+        raise UserError(f"{path} does not fit the model, {len(lines)} leaves differ:" + "".join(f"\n  {line}" for line in lines))
+    placed = {name: jax.device_put(np.asarray(have[name], leaf.dtype), leaf.sharding) for name, leaf in need.items()}
+    return unflatten_paths(placed)

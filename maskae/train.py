@@ -1,0 +1,310 @@
+"""The loop, readable top to bottom: build, restore, step, log, save, evaluate.
+
+At step s (s steps taken) everything that belongs to s happens before step s + 1 is taken: first the checkpoint, then the evaluation. So a
+resumed run does at s what the first one would have done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maskae import config as config_module
+from maskae.checkpoint import Checkpointer
+from maskae.errors import UserError
+from maskae.evaluation import Evaluation
+from maskae.experiment import Experiment, build, data_metadata
+from maskae.monitor import Clock, LateMetrics, MultiWriter, Profiler, Progress, Watchdog, describe_run, machine_columns, open_writers
+from maskae.monitor.tables import write_atomically
+from maskae.report import write_report
+from maskae.step import TrainState
+from maskae.summary import describe_experiment, dry_run_lines
+
+logger = logging.getLogger(__name__)
+
+LAST_VALUES = frozenset({"learning_rate", "skipped_steps", "nonfinite_in_a_row"})
+INTERRUPTED = 130
+
+
+class Stop:
+    """Remembers a request to stop (SIGTERM of a scheduler, Ctrl-C) until the step under way has ended."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes both signals inside, and gives them back."""
+        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Trains from where `workdir` stands to the end, and returns the exit status: 0, or 130 after Ctrl-C.
+
+    Raises UserError for anything in the config, the data or the folder that keeps the run from going on.
+    """
+    experiment = build(config)
+    open_workdir(workdir)
+    with jax.set_mesh(experiment.mesh), Checkpointer(
+        str(workdir / "checkpoints"),
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps or None,
+    ) as checkpointer:
+        state, metadata = restore_or_start(experiment, checkpointer, workdir)
+        record_config(config, workdir, int(state["step"]))
+        stop = Stop()
+        with stop.listening():
+            loop = Loop(experiment, workdir, checkpointer, stop)
+            loop.run(state, metadata)
+    if config.evaluate.finetune and stop.signal is None:
+        loop.evaluation.finetune(workdir, run)
+    conclude(loop, stop)
+    if stop.signal is not None:
+        logger.info("stopped by %s; the same command resumes", stop.signal.name)
+        return INTERRUPTED if stop.signal == signal.SIGINT else 0
+    return 0
+
+
+def conclude(loop: Loop, stop: Stop) -> None:
+    """Prints the results and writes the report."""
+    if jax.process_index() != 0:
+        return
+    write_report(loop.workdir)
+    if stop.signal is None:
+        for line in loop.evaluation.table():
+            logger.info("%s", line)
+    logger.info("report: %s", loop.workdir / "report.html")
+
+
+def open_workdir(workdir: Path) -> None:
+    """Makes the run's folder. Raises UserError where that cannot be."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror}") from error
+
+
+def restore_or_start(experiment: Experiment, checkpointer: Checkpointer, workdir: Path) -> tuple[TrainState, dict[str, Any] | None]:
+    """The newest whole checkpoint with its metadata, or a fresh train state and None; says which in one line."""
+    resume = experiment.config.checkpoint.resume
+    step = checkpointer.latest_step()
+    if step is None:
+        if resume == "must":
+            raise UserError(f"checkpoint.resume=must, but {workdir} holds no whole checkpoint")
+        refuse_foreign_run(experiment.config, workdir)
+        logger.info("fresh start in %s", workdir)
+        return experiment.start_state(), None
+    if resume == "never":
+        raise UserError(f"checkpoint.resume=never, but {workdir} holds a checkpoint of step {step}; choose another --workdir")
+    metadata = checkpointer.metadata(step)
+    for line in config_module.differences(metadata["config"], json.loads(config_module.to_json(experiment.config))):
+        logger.info("config differs from the checkpoint's: %s", line)
+    state = checkpointer.restore(step, experiment.abstract_state)
+    logger.info("resumed at step %d of %d in %s", step, experiment.total_steps, workdir)
+    return state, metadata
+
+
+def refuse_foreign_run(config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError where the folder holds metrics of a run with another config and no checkpoint to go on from."""
+    path = workdir / "config.json"
+    if not path.exists() or not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").stat().st_size:
+        return
+    changed = config_module.differences(json.loads(path.read_text()), json.loads(config_module.to_json(config)))
+    if changed:
+        raise UserError(f"--workdir={workdir} holds the logs of another run without a checkpoint ({changed[0]}); choose another folder")
+
+
+def record_config(config: ConfigDict, workdir: Path, step: int) -> None:
+    """Writes the resolved config; an earlier different one stays beside it under the step up to which it was used."""
+    path, text = workdir / "config.json", config_module.to_json(config)
+    if jax.process_index() != 0:
+        return
+    if path.exists() and path.read_text() != text:
+        path.replace(workdir / f"config_before_step_{step}.json")
+    write_atomically(path, text)
+
+
+class Loop:
+    """One run from one state on."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, checkpointer: Checkpointer, stop: Stop):
+        self.experiment, self.workdir, self.checkpointer, self.stop = experiment, workdir, checkpointer, stop
+        config = experiment.config
+        self.total = experiment.total_steps
+        self.save_every = experiment.every(config.checkpoint)
+        self.evaluate_every = experiment.every(config.evaluate)
+        self.evaluation = Evaluation(experiment, workdir)
+
+    def run(self, state: TrainState, metadata: dict[str, Any] | None) -> TrainState:
+        """Takes the steps that are left, and returns the last state."""
+        config, start = self.experiment.config, int(state["step"])
+        with ExitStack() as stack:
+            self.open_monitors(stack, start, metadata)
+            write_atomically(self.workdir / "summary.json", json.dumps(describe_experiment(self.experiment) | describe_run(), indent=1))
+            if metadata is None:
+                self.writer.scalars(0, self.evaluation.start(state, self.writer))
+            self.clock.start(start)
+            batches = stack.enter_context(self.experiment.pipeline.iterate(start))
+            step = start
+            while True:
+                self.at_step(state, step, metadata if step == start else None)
+                if step >= self.total or self.stop.signal is not None:
+                    break
+                with self.profiler.step(step + 1):
+                    with self.clock.waiting_for_data():
+                        batch = next(batches)
+                    state, metrics = self.experiment.train_step(state, self.experiment.put(batch))
+                step += 1
+                self.after_step(state, step, metrics)
+            self.progress.close()
+            totals = self.clock.totals() | {"bad_records": self.bad_records()}
+            write_atomically(self.workdir / "totals.json", json.dumps(totals, indent=1))
+        return state
+
+    def open_monitors(self, stack: ExitStack, start: int, metadata: dict[str, Any] | None) -> None:
+        """Everything that watches: writers, clock, progress bar, watchdog, profiler."""
+        config, workdir = self.experiment.config, self.workdir
+        self.writer = MultiWriter([])
+        if jax.process_index() == 0:
+            self.writer = open_writers(
+                workdir,
+                resume_step=start if metadata is not None else None,
+                tensorboard=config.log.tensorboard,
+                wandb_project=config.log.wandb_project,
+                settings=config.to_dict(),
+            )
+        stack.callback(self.writer.close)
+        self.watchdog = Watchdog(workdir, factor=config.log.watchdog_factor) if config.log.watchdog_factor else None
+        if self.watchdog is not None:
+            stack.callback(self.watchdog.close)
+        pause = {"also_pause": self.watchdog.pause} if self.watchdog is not None else {}
+        self.clock = Clock(devices=jax.device_count(), total_steps=self.total, **pause)
+        self.late = LateMetrics(self.write_row, every_steps=config.log.every_steps, last=LAST_VALUES)
+        if metadata is not None:
+            self.clock.load_state_dict(metadata["clock"])
+            self.late.load_state_dict(metadata["interval"])
+        self.progress = Progress(self.total, initial_step=start)
+        first = config.log.profile_first_step
+        self.profiler = Profiler(workdir, first_step=first, last_step=first + config.log.profile_steps - 1 if first else 0)
+        stack.callback(self.profiler.close)
+
+    def at_step(self, state: TrainState, step: int, metadata: dict[str, Any] | None) -> None:
+        """Evaluate, then save, where either is due at `step`. `metadata` is that of the checkpoint which `state` was restored from.
+
+        Rows of the metric files that belong to a step are on disk before its checkpoint is: a resume keeps them, and only drops later ones.
+        """
+        done, stopping = step >= self.total, self.stop.signal is not None
+        wants_evaluation = done or self.due(step, self.evaluate_every)
+        if metadata is not None and (metadata["evaluated"] or not wants_evaluation):
+            return
+        if done:
+            self.flush()
+        if wants_evaluation and not stopping:
+            with self.clock.pause("evaluate", wait_for=state["step"]):
+                self.writer.scalars(step, self.evaluation.run(state, step, self.writer))
+        if metadata is None and (done or stopping or self.due(step, self.save_every)):
+            with self.clock.pause("save", wait_for=state["step"]):
+                self.checkpointer.save(step, state, self.metadata(evaluated=not (wants_evaluation and stopping)))
+
+    @staticmethod
+    def due(step: int, every: int) -> bool:
+        """Whether `step` is a multiple of `every`; 0 is never."""
+        return every > 0 and step > 0 and step % every == 0
+
+    def after_step(self, state: TrainState, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reads the metrics of the step before, and stops the run where too many steps in a row were not finite."""
+        examples = self.experiment.config.train.batch_size
+        read = self.late.add(step, metrics)
+        self.profiler.after_step(step, wait_for=state["step"])
+        self.clock.tick(step, examples)
+        if self.watchdog is not None:
+            self.watchdog.beat()
+        if read is not None:
+            self.check_finite(*read)
+            self.progress.update(
+                step, loss=read[1]["loss"], examples_per_second=self.clock.examples_per_second(), eta_seconds=self.clock.eta_seconds()
+            )
+
+    def check_finite(self, step: int, values: dict[str, float]) -> None:
+        """Raises UserError after too many non-finite steps in a row, and leaves the batch's record numbers in `nonfinite.json`."""
+        in_a_row = int(values["nonfinite_in_a_row"])
+        if in_a_row == 0:
+            return
+        index = self.experiment.pipeline.batch(step - 1)["index"]
+        names = [self.experiment.train_source.name(int(i)) for i in index]
+        record = {"step": step, "in_a_row": in_a_row, "loss": str(values["loss"]), "index": np.asarray(index).tolist(), "records": names}
+        write_atomically(self.workdir / "nonfinite.json", json.dumps(record, indent=1))
+        logger.warning("step %d: loss or gradients are not finite; the step is skipped (%d in a row)", step, in_a_row)
+        limit = self.experiment.config.train.max_nonfinite_in_a_row
+        if in_a_row >= limit:
+            raise UserError(
+                f"{in_a_row} steps in a row up to step {step} were not finite (train.max_nonfinite_in_a_row={limit});"
+                f" the last batch's records are in {self.workdir / 'nonfinite.json'}"
+            )
+
+    def write_row(self, step: int, means: dict[str, float]) -> None:
+        """One row of the metric files, with what the machine did in the interval."""
+        self.writer.scalars(step, means | machine_columns(self.clock, self.experiment.forward_flops, jax.devices()))
+
+    def metadata(self, evaluated: bool) -> dict[str, Any]:
+        """What a checkpoint says about itself. `evaluated`: nothing that is due at its step is still to be done."""
+        return {
+            "config": json.loads(config_module.to_json(self.experiment.config)),
+            "data": data_metadata(self.experiment.spec),
+            "run": describe_run(),
+            "interval": self.late.state_dict(),
+            "clock": self.clock.state_dict(),
+            "bad_records": self.bad_records(),
+            "evaluated": evaluated,
+        }
+
+    def bad_records(self) -> dict[str, Any]:
+        """Records that could not be read, in this process."""
+        bad = self.experiment.pipeline.bad
+        return {"count": bad.count, "names": bad.names}
+
+    def flush(self) -> None:
+        """Reads the last step's metrics and writes the last, perhaps shorter interval."""
+        last = self.late.settle()
+        if last is not None:
+            self.check_finite(*last)
+        self.late.flush()
+
+
+def evaluate_run(config: ConfigDict, target: Path) -> None:
+    """Evaluates the newest whole checkpoint of a run folder, or a weights file, and prints the table. Raises UserError."""
+    experiment = build(config)
+    with jax.set_mesh(experiment.mesh):
+        state, step = experiment.load_for_evaluation(target)
+        evaluation = Evaluation(experiment, target if target.is_dir() else None)
+        evaluation.run(state, step, MultiWriter([]))
+        if config.evaluate.finetune:
+            evaluation.finetune(target, run)
+    print("\n".join(evaluation.table()))
+
+
+def dry_run(config: ConfigDict) -> None:
+    """Builds everything, prints sizes and shardings, and runs one abstract step. Raises UserError."""
+    experiment = build(config)
+    with jax.set_mesh(experiment.mesh):
+        print("\n".join(dry_run_lines(experiment)))
