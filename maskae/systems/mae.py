@@ -144,14 +144,17 @@ class Mae:
             return block_noise(rng, example, grid)
         return draw_noise(rng, example, grid[0] * grid[1])
 
+    def loss_given_noise(self, params: Params, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss, float32 scalar, and its metrics, for the masking noise [B, L]."""
+        named = self.forward(params, images, noise)
+        target = self.target(images)
+        trivial = masked_mean_squared_error(jnp.zeros_like(target), target, named["mask"])
+        return masked_mean_squared_error(named["pred"], target, named["mask"]), {"trivial_loss": trivial}
+
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Mean squared error on removed patches. `trivial_loss` is that of predicting zero: a loss near it has learned nothing."""
-        images = batch["image"]
-        named = self.forward(params, images, self.noise(images, batch["example"], rng))
-        target = self.target(images)
-        loss = masked_mean_squared_error(named["pred"], target, named["mask"])
-        trivial = masked_mean_squared_error(jnp.zeros_like(target), target, named["mask"])
-        return loss, Outputs({"trivial_loss": trivial}, state)
+        loss, metrics = self.loss_given_noise(params, batch["image"], self.noise(batch["image"], batch["example"], rng))
+        return loss, Outputs(metrics, state)
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Final-norm outputs of the unmasked image: `cls` [B, D], `tokens` [B, L, D] in raster order, `pooled` [B, D]; float32."""

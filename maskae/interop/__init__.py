@@ -1,0 +1,1 @@
+"""Other libraries' weight names and files, and the reference cases recorded from the papers' code."""

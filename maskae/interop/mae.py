@@ -1,0 +1,178 @@
+"""MAE's reference cases: pre-training here, the classifiers in `mae_classifiers`, the augmentations in `augmentations`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskae.errors import UserError
+from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps, exact
+from maskae.interop.layout import Flat, Geometry, from_foreign, to_foreign
+from maskae.interop.vit import LAYOUTS
+from maskae.losses.reconstruction import normalise_patches
+from maskae.masking import keep_count
+from maskae.nn.patches import patchify
+from maskae.nn.positions import sincos_2d
+from maskae.optim import make_optimizer
+from maskae.paths import flatten_paths, unflatten_paths
+from maskae.schedules import Schedule, warmup_cosine
+from maskae.systems.mae import Mae
+
+PAPER = LAYOUTS["paper"]
+KEY_BIAS = "key bias: its true gradient is 0 and Adam turns rounding noise into steps"
+
+
+def system_of(case: Case) -> Mae:
+    """The system with the case's own options."""
+    built = case.record["constructor"]
+    size = built["img_size"]
+    return Mae(
+        image_size=size if isinstance(size, int) else (size[0], size[1]),
+        channels=built["in_chans"],
+        patch_size=built["patch_size"],
+        width=built["embed_dim"],
+        depth=built["depth"],
+        heads=built["num_heads"],
+        mlp_ratio=built["mlp_ratio"],
+        decoder_width=built["decoder_embed_dim"],
+        decoder_depth=built["decoder_depth"],
+        decoder_heads=built["decoder_num_heads"],
+        mask_ratio=case.record["options"]["mask_ratio"],
+        norm_pix_loss=built["norm_pix_loss"],
+    )
+
+
+def params_of(case: Case, system: Mae) -> dict[str, Any]:
+    """The recorded weights as the system's parameters. Raises UserError where one is missing or has another shape."""
+    template = flatten_paths(jax.eval_shape(system.init, jax.random.key(0), {}).params)
+    flat, report = from_foreign(case.weights, template, PAPER, Geometry(system.patch_size, system.grid))
+    if wrong := report.mismatched + report.missing + [note for note in report.notes if "not the fixed" in note]:
+        raise UserError(f"{case.folder}: the weights are not those of the recorded options: {'; '.join(wrong[:3])}")
+    return jax.tree.map(jnp.asarray, unflatten_paths(flat))
+
+
+def images_of(case: Case, name: str = "imgs") -> jax.Array:
+    """Recorded images [B, C, H, W] as [B, H, W, C]."""
+    return jnp.asarray(case.inputs[name].transpose(0, 2, 3, 1))
+
+
+def paper_names(tree: Any, system: Mae) -> Flat:
+    """A tree shaped like the parameters (parameters, gradients) by official names, without the fixed tables."""
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten_paths(tree).items()}
+    bare = dataclasses.replace(PAPER, positions={})
+    return to_foreign(arrays, bare, Geometry(system.patch_size, system.grid))[0]
+
+
+def key_bias(name: str, length: int) -> np.ndarray | None:
+    """Which entries of a fused qkv bias [3D] belong to the keys; None for every other parameter."""
+    if not name.endswith("attn.qkv.bias"):
+        return None
+    return np.arange(length) // (length // 3) == 1
+
+
+def replay_forward(case: Case, system: Mae, params: Any) -> dict[str, Reproduced]:
+    """Tokens, masks, blocks, prediction, both losses, targets."""
+    images, noise = images_of(case), jnp.asarray(case.inputs["noise"])
+    other = dataclasses.replace(system, norm_pix_loss=not system.norm_pix_loss)
+    named = jax.jit(lambda p: system.forward(p, images, noise, collect=True))(params)
+    found = {name: Reproduced(named[name]) for name in ("embedded", "x_masked", "latent", "decoder_in", "pred")}
+    found |= {name: exact(named[name]) for name in ("mask", "ids_restore", "ids_keep")}
+    found |= {f"block{i}": Reproduced(x) for i, x in enumerate(named["encoder_blocks"])}
+    found |= {f"decoder_block{i}": Reproduced(x) for i, x in enumerate(named["decoder_blocks"])}
+    found |= {"loss": Reproduced(system.loss_given_noise(params, images, noise)[0])}
+    found |= {"loss_other_norm_pix": Reproduced(other.loss_given_noise(params, images, noise)[0])}
+    patches = patchify(images, system.patch_size)
+    for name in case.outputs:
+        if first := re.fullmatch(r"(patchify|norm_target)_first(\d+)", name):
+            whole = patches if first[1] == "patchify" else normalise_patches(patches)
+            found[name] = Reproduced(whole[:, : int(first[2])])
+    return found
+
+
+def replay_gradients(case: Case, system: Mae, params: Any) -> dict[str, Reproduced]:
+    """`grad/<name>` and `gradnorm/<name>` of the loss."""
+    images, noise = images_of(case), jnp.asarray(case.inputs["noise"])
+    grads = paper_names(jax.jit(jax.grad(lambda p: system.loss_given_noise(p, images, noise)[0]))(params), system)
+    found = {f"grad/{name}": Reproduced(grad, GRADIENT) for name, grad in grads.items()}
+    norms = {name: np.linalg.norm(grad.astype(np.float64).ravel()) for name, grad in grads.items()}
+    return found | {f"gradnorm/{name}": Reproduced(norm, GRADIENT) for name, norm in norms.items()}
+
+
+def schedule_of(options: dict[str, Any]) -> Schedule:
+    """The recorded warm-up cosine, its epochs in steps."""
+    per_epoch = options["steps_per_epoch"]
+    return warmup_cosine(options["lr"], options["min_lr"], options["warmup_epochs"] * per_epoch, options["epochs"] * per_epoch)
+
+
+def adam_constants(text: str) -> dict[str, Any]:
+    """b1, b2 and eps of a recorded "AdamW betas (0.9, 0.95) eps 1e-8"."""
+    found = re.search(r"betas \(([\d.]+), ([\d.]+)\) eps ([\d.e-]+)", text)
+    if not found:
+        raise UserError(f"cannot read the optimizer '{text}' of the case")
+    return dict(zip(("b1", "b2", "eps"), map(float, found.groups()), strict=True))
+
+
+def replay_training(case: Case, system: Mae, params: Any) -> dict[str, Reproduced]:
+    """AdamW steps on one batch with the recorded masking noise of each step."""
+    options = case.record["pretrain_steps"]
+    schedule = schedule_of(options)
+    optimizer = make_optimizer("adamw", schedule=schedule, weight_decay=options["weight_decay"], **adam_constants(options["optimizer"]))
+    images, noise = images_of(case), jnp.asarray(case.inputs["train_noise"])
+
+    @jax.jit
+    def step(params: Any, state: Any, number: jax.Array) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda p: system.loss_given_noise(p, images, noise[number])[0])(params)
+        updates, state = optimizer.update(grads, state, params, number)
+        return jax.tree.map(jnp.add, params, updates), state, loss
+
+    state, losses = optimizer.init(params), []
+    for number in range(options["steps"]):
+        params, state, loss = step(params, state, jnp.asarray(number))
+        losses.append(loss)
+    rates = [float(schedule(number)) for number in range(options["steps"])]
+    found = {"train_losses": Reproduced(np.stack(losses)), "train_lrs": Reproduced(np.asarray(rates))}
+    for name, value in paper_names(params, system).items():
+        skip = key_bias(name, value.size)
+        found[f"train_params/{name}"] = after_steps(value, rates, skip, "" if skip is None else KEY_BIAS)
+    return found
+
+
+def replay_tables(case: Case) -> dict[str, Reproduced]:
+    """Position tables, kept counts and schedules, whose arguments stand in their names and descriptions."""
+    found = {}
+    for name, recorded in case.outputs.items():
+        meaning = case.meaning(name)
+        if sizes := re.match(r"pos_table_(\d+)_(\d+)", name):
+            table = sincos_2d(int(sizes[1]), (int(sizes[2]),) * 2)
+            rows = re.search(r"rows \[([\d, ]+)\]", meaning)
+            found[name] = Reproduced(table[[int(row) for row in rows[1].split(",")]] if rows else table)
+        elif name == "n_keep_table":
+            found[name] = exact([[length, ratio, keep_count(int(length), float(ratio))] for length, ratio, _ in recorded])
+        elif name.startswith("schedule_"):
+            pattern = r"lr ([\d.e-]+), min_lr ([\d.e-]+), ([\d.]+) epochs, ([\d.]+) warm-up, (\d+) steps per epoch"
+            if values := re.search(pattern, meaning):
+                keys = ("lr", "min_lr", "epochs", "warmup_epochs", "steps_per_epoch")
+                schedule = schedule_of(dict(zip(keys, map(float, values.groups()), strict=True)))
+                found[name] = Reproduced([float(schedule(step)) for step in range(len(recorded))])
+    return found
+
+
+def replay(case: Case) -> dict[str, Reproduced]:
+    """Every recorded output of an MAE case that is there to compare."""
+    system = system_of(case)
+    params = params_of(case, system)
+    found = replay_tables(case) | replay_forward(case, system, params)
+    parts: tuple[tuple[tuple[str, ...], Callable[..., dict[str, Reproduced]]], ...] = (
+        (("grad/", "gradnorm/"), replay_gradients),
+        (("train_",), replay_training),
+    )
+    for prefixes, part in parts:
+        if case.wants(*prefixes):
+            found |= part(case, system, params)
+    return found
