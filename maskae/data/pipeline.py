@@ -20,7 +20,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from maskae.data.sources import Source
+from maskae.data.contract import Source
 from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, VALID, BadRecord
 from maskae.errors import UserError
 

@@ -1,44 +1,24 @@
-"""Where records come from: `open_source("digits", "train")` and its sisters.
-
-A source is a random-access sequence. Record i is `{"image": uint8 [H, W, C] array or the bytes of an image file, "label": int}`; it raises
-`BadRecord` where the record cannot be read. Sources are picklable, so that worker processes can read them.
-"""
+"""Opens data sets by their name: `digits`, `folder:PATH`, `npz:PATH`, `arrayrecord:PATH`, `tfds:NAME`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
-from maskae.data.spec import IMAGE, LABEL, DataSpec, split_hash
+from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
+from maskae.data.folder import open_folder
+from maskae.data.records import open_array_record
+from maskae.data.spec import IMAGE, LABEL, NO_LABEL, DataSpec, split_hash
+from maskae.data.tfds import open_tfds
 from maskae.errors import UserError, nearest
 
-Record = dict[str, Any]
-
-SPLITS = ("train", "val")
 DIGITS_MAX_VALUE = 16
 DIGITS_VAL_COUNT = 360
-
-
-class Source(Protocol):
-    """A random-access sequence of records."""
-
-    @property
-    def spec(self) -> DataSpec:
-        """What the data set is; the same for all of its splits."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-    def name(self, index: int) -> str:
-        """What to call record `index` in a log: a path where there is one."""
-        ...
+CACHES = ("none", "ram")
 
 
 @dataclass(frozen=True)
@@ -84,6 +64,8 @@ class LimitedSource:
         return min(self.count, len(self.parent))
 
     def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         return self.parent[index]
 
     def name(self, index: int) -> str:
@@ -92,67 +74,133 @@ class LimitedSource:
 
 
 @dataclass(frozen=True)
-class SourceArguments:
-    """What every kind of source is opened with; `path` is the text after the colon."""
+class CachedSource:
+    """Keeps every record in memory after its first reading, encoded as it was read. Each worker process keeps its own copy."""
 
-    name: str
-    path: str
-    split: str
-    root: str | None
-    val_percent: float
-    split_seed: int
-    channels: int | None
+    parent: Source
+    kept: dict[int, Record] = field(default_factory=dict)
 
-    def resolve(self, kind: str) -> Path:
-        """The file or folder on disk; raises UserError where there is none, naming the nearest one beside it."""
-        base = Path(self.root or os.environ.get("MASKAE_DATA") or ".")
-        path = base / Path(self.path).expanduser()
-        exists = path.is_dir() if kind == "folder" else path.is_file()
-        if not exists:
-            beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-            raise UserError(f"{self.name}: no {kind} {path}{nearest(path.name, beside)}")
-        return path
+    @property
+    def spec(self) -> DataSpec:
+        """The parent's spec."""
+        return self.parent.spec
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def __getitem__(self, index: int) -> Record:
+        if index not in self.kept:
+            self.kept[index] = self.parent[index]
+        return dict(self.kept[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parent": self.parent, "kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def name(self, index: int) -> str:
+        """The parent's name of the record."""
+        return self.parent.name(index)
 
 
-def scalar_statistics(images: np.ndarray, max_value: int) -> tuple[float, float]:
-    """Mean and standard deviation over all values, in units where 1 is `max_value`. images: uint8, any shape."""
-    values = images.astype(np.float64) / max_value
-    return float(values.mean()), float(values.std())
+def _array_source(arguments: SourceArguments, parts: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], **spec: Any) -> ArraySource:
+    """The wanted one of the splits {name: (images uint8 [N, H, W, C], labels int32 [N], origin [N])}; `spec` adds to its DataSpec."""
+    train = parts["train"][0]
+    channels = train.shape[-1]
+    if arguments.channels not in (None, channels):
+        raise UserError(f"{arguments.name}: the images have {channels} channels, not {arguments.channels}")
+    known = arguments.known_statistics(channels)
+    mean, std = known or measure(train, channels, spec.get("max_value", 255))
+    members = [[(str(origin), int(label)) for origin, label in zip(parts[s][2], parts[s][1], strict=True)] for s in SPLITS]
+    made = DataSpec(
+        name=arguments.name,
+        image_shape=train.shape[1:],
+        channels=channels,
+        mean=mean,
+        std=std,
+        counts={split: len(part[0]) for split, part in parts.items()},
+        split_hash=split_hash(*members),
+        **spec,
+    )
+    return ArraySource(*parts[arguments.split], made)
 
 
 def open_digits(arguments: SourceArguments) -> Source:
-    """scikit-learn's 1,797 scanned 8x8 digits, stratified 1437/360; one mean and std over all training pixels."""
+    """scikit-learn's 1,797 scanned 8x8 digits, stratified 1437/360 (val_percent is not used); one mean and std over all pixels."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     if arguments.path:
         raise UserError(f"{arguments.name}: digits takes no path (did you mean 'digits'?)")
-    if arguments.channels not in (None, 1):
-        raise UserError(f"{arguments.name}: the digits have 1 channel, not {arguments.channels}")
     images, labels = load_digits(return_X_y=True)
     images = images.astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
-    chosen = train_test_split(np.arange(len(labels)), test_size=DIGITS_VAL_COUNT, stratify=labels, random_state=arguments.split_seed)
-    parts = dict(zip(SPLITS, chosen, strict=True))
-    mean, std = scalar_statistics(images[parts["train"]], DIGITS_MAX_VALUE)
-    members = [[(str(i), int(labels[i])) for i in parts[split]] for split in SPLITS]
-    spec = DataSpec(
-        name=arguments.name,
-        image_shape=(8, 8, 1),
-        channels=1,
-        mean=(mean,),
-        std=(std,),
-        max_value=DIGITS_MAX_VALUE,
-        num_classes=10,
-        class_names=tuple(str(i) for i in range(10)),
-        counts={split: len(parts[split]) for split in SPLITS},
-        split_hash=split_hash(*members),
-    )
-    rows = parts[arguments.split]
-    return ArraySource(images[rows], labels[rows], rows, spec)
+    rows = train_test_split(np.arange(len(labels)), test_size=DIGITS_VAL_COUNT, stratify=labels, random_state=arguments.split_seed)
+    parts = {split: (images[part], labels[part], part) for split, part in zip(SPLITS, rows, strict=True)}
+    names = tuple(str(digit) for digit in range(10))
+    return _array_source(arguments, parts, max_value=DIGITS_MAX_VALUE, num_classes=10, class_names=names)
 
 
-SOURCES: dict[str, Callable[[SourceArguments], Source]] = {"digits": open_digits}
+def _as_images(array: np.ndarray, what: str) -> np.ndarray:
+    """uint8 [N, H, W, C] of an array [N, H, W] or [N, H, W, C] of whole numbers 0..255 or fractions 0..1. Raises UserError for others."""
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or not array.size:
+        raise UserError(f"{what}: images must be [N, H, W] or [N, H, W, C], not {array.shape}")
+    if array.dtype == np.uint8:
+        return array
+    low, high = array.min(), array.max()
+    if array.dtype.kind in "iub" and low >= 0 and high <= 255:
+        return array.astype(np.uint8)
+    if array.dtype.kind == "f" and low >= 0 and high <= 1:
+        return np.round(array * 255).astype(np.uint8)
+    raise UserError(f"{what}: {array.dtype} values {low}..{high} must be whole numbers in 0..255 or fractions in 0..1")
+
+
+def _npz_part(arrays: Mapping[str, np.ndarray], prefix: str, what: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(images, labels) under a prefix, or None where there are no images."""
+    key = next((prefix + name for name in ("image", "images") if prefix + name in arrays), None)
+    if key is None:
+        return None
+    images = _as_images(arrays[key], f"{what}: {key}")
+    label_key = next((prefix + name for name in ("label", "labels") if prefix + name in arrays), None)
+    if label_key is None:
+        return images, np.full(len(images), NO_LABEL, np.int32)
+    labels = arrays[label_key].reshape(-1)
+    if len(labels) != len(images) or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
+        raise UserError(f"{what}: {label_key} must be {len(images)} whole numbers from 0 on, not {labels.dtype} {arrays[label_key].shape}")
+    return images, labels.astype(np.int32)
+
+
+def open_npz(arguments: SourceArguments) -> Source:
+    """Arrays `images` and maybe `labels`, split by label, or both with the prefixes `train_` and `val_`. Raises UserError for others."""
+    path = arguments.resolve("file")
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, BadZipFile, AttributeError, TypeError) as error:
+        raise UserError(f"{arguments.name}: {path} is no .npz file of plain arrays: {error}") from error
+    whole, train, val = (_npz_part(arrays, prefix, arguments.name) for prefix in ("", "train_", "val_"))
+    whole = whole or (train if val is None else None)
+    if whole is not None:
+        rows = stratified_split(whole[1], arguments.val_percent, arguments.split_seed)
+        parts = {split: (whole[0][part], whole[1][part], part) for split, part in zip(SPLITS, rows, strict=True)}
+    elif train is not None and val is not None:
+        parts = {split: (*part, np.arange(len(part[0]))) for split, part in (("train", train), ("val", val))}
+    else:
+        raise UserError(f"{arguments.name}: no array 'images' or 'train_images'{nearest('images', arrays)}; there are {', '.join(arrays)}")
+    highest = max(int(part[1].max(initial=NO_LABEL)) for part in parts.values())
+    return _array_source(arguments, parts, num_classes=highest + 1 if highest >= 0 else None)
+
+
+SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
+    "digits": open_digits,
+    "folder": open_folder,
+    "npz": open_npz,
+    "arrayrecord": open_array_record,
+    "tfds": open_tfds,
+}
 
 
 def open_source(
@@ -163,7 +211,9 @@ def open_source(
     val_percent: float = 10.0,
     split_seed: int = 0,
     channels: int | None = None,
+    statistics: str = "measured",
     max_examples: int | None = None,
+    cache: str = "none",
 ) -> Source:
     """Opens one split of a data set.
 
@@ -173,21 +223,26 @@ def open_source(
       root: what relative paths start from; by default the environment variable MASKAE_DATA, else the current folder.
       val_percent: share held out where the data has no validation split of its own (the digits always hold out 360).
       split_seed: chooses which records are held out.
-      channels: 1 or 3 to convert every image; None keeps what the source has (3 for images in files).
+      channels: 1 or 3, what image files are read with; None takes what the source has (3 for `folder:`).
+      statistics: `measured` on the training records (on 512 of them where they are files), or `imagenet`.
       max_examples: keep only the first so many records of the split.
+      cache: `ram` keeps records in memory after their first reading, as they are stored; `none` does not.
 
     Raises UserError for an unknown source or split, a missing or empty folder, or a split without records.
     """
     kind, _, path = source.partition(":")
     if kind not in SOURCES:
         raise UserError(f"unknown data source '{source}'{nearest(kind, SOURCES)}; there are {', '.join(sorted(SOURCES))}")
-    if split not in SPLITS:
-        raise UserError(f"{source}: unknown split '{split}'{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}")
+    for what, word, options in (("split", split, SPLITS), ("statistics", statistics, STATISTICS), ("cache", cache, CACHES)):
+        if word not in options:
+            raise UserError(f"{source}: unknown {what} '{word}'{nearest(word, options)}; there are {', '.join(options)}")
     if not 0 <= val_percent < 100:
         raise UserError(f"{source}: val_percent must be at least 0 and below 100, not {val_percent}")
     if max_examples is not None and max_examples < 1:
         raise UserError(f"{source}: max_examples must be at least 1, not {max_examples}")
-    opened = SOURCES[kind](SourceArguments(source, path, split, root, val_percent, split_seed, channels))
+    opened = SOURCES[kind](SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics))
     if len(opened) == 0:
         raise UserError(f"{source}: no records in split '{split}' (val_percent is {val_percent})")
-    return opened if max_examples is None else LimitedSource(opened, max_examples)
+    if max_examples is not None:
+        opened = LimitedSource(opened, max_examples)
+    return CachedSource(opened) if cache == "ram" else opened

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from maskae.data.contract import Record, Source
 from maskae.data.pipeline import Batch, Pipeline, evaluation_batches
-from maskae.data.sources import ArraySource, Record, Source, open_source
+from maskae.data.sources import ArraySource, open_source
 from maskae.data.spec import IMAGE, INDEX, VALID, BadRecord, DataSpec
 from maskae.data.transforms import make_transform
 from maskae.errors import UserError

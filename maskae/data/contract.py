@@ -1,0 +1,127 @@
+"""What a source of records is, and what all kinds of sources share: their arguments, the split and the statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from maskae.data.images import Picture
+from maskae.data.spec import IMAGENET_MEAN, IMAGENET_STD, BadRecord, DataSpec
+from maskae.errors import UserError, nearest
+
+Record = dict[str, Any]  # {"image": uint8 [H, W, C] or the bytes of an image file, "label": int}
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, in units where 1 is max_value
+
+SPLITS = ("train", "val")
+STATISTICS = ("measured", "imagenet")
+STATISTICS_EXAMPLES = 512
+STATISTICS_SIDE = 256
+
+
+class Source(Protocol):
+    """A random-access sequence of records; picklable, so that worker processes can read it."""
+
+    @property
+    def spec(self) -> DataSpec:
+        """What the data set is; the same for all of its splits."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`. Raises BadRecord where it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call record `index` in a log: a path where there is one."""
+        ...
+
+
+@dataclass(frozen=True)
+class SourceArguments:
+    """What every kind of source is opened with; `path` is the text after the colon of `name`."""
+
+    name: str
+    path: str
+    split: str
+    root: str | None
+    val_percent: float
+    split_seed: int
+    channels: int | None
+    statistics: str
+
+    @property
+    def base(self) -> Path:
+        """What relative paths start from."""
+        return Path(self.root or os.environ.get("MASKAE_DATA") or ".").expanduser()
+
+    def resolve(self, kind: str) -> Path:
+        """The file or folder on disk. Raises UserError where there is none, naming the nearest one beside it."""
+        if not self.path:
+            raise UserError(f"{self.name}: name the {kind} after a colon, as in {self.name.partition(':')[0]}:PATH")
+        path = self.base / Path(self.path).expanduser()
+        if not (path.is_dir() if kind == "folder" else path.is_file()):
+            parent = path.parent
+            if not parent.is_dir():
+                raise UserError(f"{self.name}: no {kind} {path}: there is no folder {parent}")
+            raise UserError(f"{self.name}: no {kind} {path}{nearest(path.name, sorted(p.name for p in parent.iterdir()))}")
+        return path
+
+    def known_statistics(self, channels: int) -> Statistics | None:
+        """ImageNet's where they were asked for, None where they are to be measured. Raises UserError where they cannot fit."""
+        if self.statistics == "measured":
+            return None
+        if channels != len(IMAGENET_MEAN):
+            raise UserError(f"{self.name}: statistics 'imagenet' are for 3 channels, not {channels}")
+        return IMAGENET_MEAN, IMAGENET_STD
+
+
+def stratified_split(labels: np.ndarray, val_percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training and of the validation records, each in growing order.
+
+    labels: int [N]. Of every label `val_percent` are held out, rounded; a label with one record keeps it for training. Where that holds
+    out nothing at all although val_percent is positive, one record is.
+    """
+    held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(round(len(rows) * val_percent / 100), len(rows) - 1)
+        held_out[np.random.default_rng([seed, int(label) + 1]).permutation(rows)[:count]] = True
+    if val_percent > 0 and len(labels) > 1 and not held_out.any():
+        held_out[np.random.default_rng(seed).integers(len(labels))] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def measure(images: Iterable[np.ndarray], channels: int, max_value: int = 255) -> Statistics:
+    """Mean and standard deviation per channel over all pixels, in units where 1 is `max_value`. images: uint8 [..., channels] each."""
+    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
+    for image in images:
+        values = image.reshape(-1, channels).astype(np.float64) / max_value
+        count += len(values)
+        total += values.sum(0)
+        squares += np.square(values).sum(0)
+    if count == 0:
+        raise UserError("not one image can be read to measure the statistics of the data")
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def measure_sample(read: Callable[[int], bytes | np.ndarray], count: int, channels: int) -> Statistics:
+    """`measure` over at most 512 of `count` records, evenly spaced; large ones are decoded smaller, broken ones left out."""
+
+    def readable() -> Iterable[np.ndarray]:
+        for index in np.unique(np.linspace(0, count - 1, min(count, STATISTICS_EXAMPLES)).round().astype(int)):
+            try:
+                picture = Picture(read(int(index)), channels)
+                side = min(picture.size)
+                yield picture.read(next(shrink for shrink in (8, 4, 2, 1) if side >= shrink * STATISTICS_SIDE or shrink == 1))
+            except BadRecord:
+                continue
+
+    return measure(readable(), channels)
