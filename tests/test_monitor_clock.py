@@ -132,7 +132,7 @@ def test_totals_survive_a_resume_on_other_devices() -> None:
     totals = second.totals()
     assert totals["train_seconds"] == pytest.approx(30.0)
     assert totals["device_hours"] == pytest.approx((20 * 4 + 10 * 2) / 3600)
-    assert totals["examples"] == 15 * 32
+    assert totals["examples_seen"] == 15 * 32
     assert totals["pause_seconds"] == pytest.approx({"evaluate": 10.0})
     rates = second.rates()
     assert rates["machine/examples_per_second"] == pytest.approx(16.0), "earlier examples are no part of this interval"

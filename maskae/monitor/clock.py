@@ -133,13 +133,15 @@ class Clock:
         return columns | {"machine/train_seconds": totals["train_seconds"], "machine/device_hours": totals["device_hours"]}
 
     def totals(self) -> dict[str, Any]:
-        """Sums over the whole run, resumed parts included, for the report: train_seconds, device_hours, examples, pause_seconds by name."""
+        """Sums over the whole run, resumed parts included, for the report: train_seconds, device_hours, examples_seen,
+        data_wait_seconds, pause_seconds by name.
+        """
         trained = self._trained()
         device_seconds = self._earlier_device_seconds + trained * self._devices
         return {
             "train_seconds": self._earlier_train_seconds + trained,
             "device_hours": device_seconds / 3600,
-            "examples": self._examples,
+            "examples_seen": self._examples,
             "data_wait_seconds": self._wait_seconds,
             "pause_seconds": dict(self._pauses),
         }
@@ -154,7 +156,7 @@ class Clock:
             raise RuntimeError("load the clock's state before it is started")
         self._earlier_train_seconds = float(state["train_seconds"])
         self._earlier_device_seconds = float(state["device_hours"]) * 3600
-        self._examples = int(state["examples"])
+        self._examples = int(state["examples_seen"])
         self._wait_seconds = float(state["data_wait_seconds"])
         self._pauses = {name: float(value) for name, value in state["pause_seconds"].items()} | self._pauses
 
