@@ -1,0 +1,226 @@
+"""MAE's fine-tuning and linear probing replayed on a reference case, through the systems and optimizers that a run uses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskae.errors import UserError
+from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps
+from maskae.interop.layout import Geometry, from_foreign, to_foreign
+from maskae.interop.vit import LAYOUTS
+from maskae.losses.classification import label_smoothing_cross_entropy, soft_target_cross_entropy
+from maskae.nn.stack import drop_path_rates
+from maskae.optim import Optimizer, make_optimizer
+from maskae.paths import flatten_paths, unflatten_paths
+from maskae.schedules import Schedule, warmup_cosine
+from maskae.systems.mae_finetune import FineTune
+from maskae.systems.mae_probe import LinearProbe
+
+Tree = Any
+
+
+def numbers_of(text: str, pattern: str) -> tuple[float, ...]:
+    """The numbers that `pattern`'s groups match in a sentence of the record. Raises UserError where it does not match."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise UserError(f"the reference case says {text!r}, in which no {pattern!r} is found")
+    return tuple(float(group) for group in found.groups())
+
+
+def recorded_schedule(options: Mapping[str, Any]) -> tuple[Schedule, int]:
+    """The warm-up and cosine of a recorded training, and its number of steps."""
+    per_epoch = options["steps_per_epoch"]
+    warmup, total = options["warmup_epochs"] * per_epoch, options["epochs"] * per_epoch
+    return warmup_cosine(options["lr"], options["min_lr"], warmup, total), options["steps"]
+
+
+def train_on(gradient: Any, optimizer: Optimizer, params: Tree, state: Tree, steps: int) -> tuple[Tree, Tree, np.ndarray]:
+    """`steps` full-batch steps: `gradient(params, state) -> ((loss, state), grads)`. Returns parameters, state, and each step's loss."""
+
+    @jax.jit
+    def one(params: Tree, state: Tree, opt: Tree, step: jax.Array) -> tuple[Tree, Tree, Tree, jax.Array]:
+        (loss, state), grads = gradient(params, state)
+        updates, opt = optimizer.update(grads, opt, params, step)
+        return jax.tree.map(jnp.add, params, updates), state, opt, loss
+
+    opt, losses = optimizer.init(params), []
+    for step in range(steps):
+        params, state, opt, loss = one(params, state, opt, jnp.int32(step))
+        losses.append(float(loss))
+    return params, state, np.asarray(losses)
+
+
+def to_official(tree: Tree, geometry: Geometry) -> dict[str, np.ndarray]:
+    """Parameters or their gradients under the names and in the shapes of the paper's code."""
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_paths(tree).items()}
+    return {name: np.asarray(value) for name, value in to_foreign(flat, LAYOUTS["paper"], geometry)[0].items()}
+
+
+def key_bias(name: str, size: int) -> np.ndarray | None:
+    """Where a qkv bias belongs to the keys: softmax does not see it, its gradient is rounding noise and Adam makes steps of that."""
+    return np.arange(size) // (size // 3) == 1 if name.endswith("qkv.bias") else None
+
+
+def image_size_of(options: Mapping[str, Any]) -> int | tuple[int, int]:
+    """The recorded image size, one number or (height, width)."""
+    size = options["img_size"]
+    return size if isinstance(size, int) else (size[0], size[1])
+
+
+def finetune_system(case: Case) -> FineTune:
+    """The fine-tuned network of a case."""
+    shape, options = case.record["constructor"], case.record["finetune"]
+    return FineTune(
+        image_size=image_size_of(options),
+        channels=shape["in_chans"],
+        patch_size=shape["patch_size"],
+        width=shape["embed_dim"],
+        depth=shape["depth"],
+        heads=shape["num_heads"],
+        mlp_ratio=shape["mlp_ratio"],
+        num_classes=options["num_classes"],
+        drop_path=options["drop_path_rate"],
+        pool="mean" if options["global_pool"] else "cls",
+    )
+
+
+def finetune_params(case: Case, system: FineTune) -> Tree:
+    """The recorded weights: the pre-training encoder's, and where they differ those named `finetune.`. Raises UserError where any lacks."""
+    tensors = {name: value for name, value in case.weights.items() if not name.startswith(("finetune.", "probe."))}
+    tensors |= {name.removeprefix("finetune."): value for name, value in case.weights.items() if name.startswith("finetune.")}
+    template = flatten_paths(jax.eval_shape(system.init, jax.random.key(0), {}).params)
+    params, report = from_foreign(tensors, template, LAYOUTS["paper"], Geometry(system.patch_size, system.grid))
+    if report.missing or report.mismatched:
+        raise UserError(f"the case's fine-tuning weights do not fit: {', '.join(report.missing + report.mismatched)}")
+    return jax.tree.map(jnp.asarray, unflatten_paths(params))
+
+
+def drop_path_draws(case: Case, rates: np.ndarray) -> jax.Array:
+    """The recorded draws [2 * blocks with rate > 0, B] as [depth, 2, B]; blocks at rate 0 drew none and keep both branches anyway."""
+    batch = len(case.inputs["ft_imgs"])
+    draws = np.zeros((len(rates), 2, batch), np.float32)
+    if (rates > 0).any():
+        draws[rates > 0] = case.inputs["ft_drop_path_u"].reshape(-1, 2, batch)
+    return jnp.asarray(draws)
+
+
+def replay_finetune(case: Case) -> dict[str, Reproduced]:
+    """Every output `ft_*` of the case: forward, losses, gradients, stochastic depth, and the training with layer decay."""
+    system = finetune_system(case)
+    params = finetune_params(case, system)
+    geometry = Geometry(system.patch_size, system.grid)
+    images = jnp.asarray(case.inputs["ft_imgs"].transpose(0, 2, 3, 1))  # [B, H, W, C]
+    targets = jnp.asarray(case.inputs["ft_soft_targets"])
+    (smoothing,) = numbers_of(case.meaning("ft_loss_smooth"), r"LabelSmoothingCrossEntropy\(([\d.]+)\)")
+    rates = np.asarray(drop_path_rates(system.drop_path, system.depth))
+
+    @jax.jit
+    def forward(params: Tree) -> dict[str, jax.Array]:
+        named = system.forward(params, images)
+        labels = jnp.asarray(case.inputs["ft_labels"])
+        losses = {"ft_loss_soft": soft_target_cross_entropy(named["logits"], targets)}
+        losses |= {"ft_loss_smooth": label_smoothing_cross_entropy(named["logits"], labels, smoothing)}
+        dropped = system.forward(params, images, drop_path_draws(case, rates))["logits"]
+        return losses | {"ft_features": named["pooled"], "ft_logits": named["logits"], "ft_logits_drop_path": dropped}
+
+    outputs = {name: Reproduced(value) for name, value in forward(params).items()}
+    outputs["ft_drop_path_rates"] = Reproduced(rates)
+
+    still = replace(system, drop_path=0.0)
+    batch = {"image": images, "soft_label": targets, "label": targets.argmax(-1), "example": jnp.arange(len(images))}
+
+    def gradient(params: Tree, state: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
+        (loss, out), grads = jax.value_and_grad(still.loss, has_aux=True)(params, state, batch, jax.random.key(0), 0)
+        return (loss, out.state), grads
+
+    for name, value in to_official(jax.jit(gradient)(params, {})[1], geometry).items():
+        skip = key_bias(name, value.size)
+        note = "" if skip is None else "the keys' bias has no gradient"
+        outputs[f"ft_grad/{name}"] = Reproduced(value, relative=GRADIENT, skip=skip, note=note)
+    return outputs | _train_finetune(case, gradient, params, geometry)
+
+
+def _train_finetune(case: Case, gradient: Any, params: Tree, geometry: Geometry) -> dict[str, Reproduced]:
+    options = case.record["finetune"]
+    schedule, steps = recorded_schedule(options)
+    b1, b2, eps = numbers_of(options["optimizer"], r"AdamW betas \(([\d.]+), ([\d.]+)\) eps ([\d.e-]+)")
+    optimizer = make_optimizer(
+        "adamw",
+        schedule=schedule,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=options["weight_decay"],
+        no_decay=("vectors", "cls_token", "position"),
+        layer_decay=options["layer_decay"],
+    )
+    params, _, losses = train_on(gradient, optimizer, params, {}, steps)
+    rates = np.asarray([float(schedule(step)) for step in range(steps)])
+    outputs = {"ft_train_losses": Reproduced(losses), "ft_train_lrs": Reproduced(rates)}
+    for name, value in to_official(params, geometry).items():
+        skip = key_bias(name, value.size)
+        note = "" if skip is None else "Adam amplifies the rounding noise of the keys' bias"
+        outputs[f"ft_train_params/{name}"] = after_steps(value, rates, skip, note)
+    return outputs
+
+
+def probe_system(case: Case) -> LinearProbe:
+    """The probe of a case."""
+    shape = case.record["constructor"]
+    return LinearProbe(
+        image_size=image_size_of(shape),
+        channels=shape["in_chans"],
+        patch_size=shape["patch_size"],
+        width=shape["embed_dim"],
+        depth=shape["depth"],
+        heads=shape["num_heads"],
+        mlp_ratio=shape["mlp_ratio"],
+        num_classes=case.weights["probe.1.weight"].shape[0],
+    )
+
+
+def top_percent(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of rows [N, K] whose label [N] is among the `k` largest, in percent."""
+    best = np.argsort(-logits, axis=1)[:, :k]  # [N, k]
+    return 100 * float((best == labels[:, None]).any(1).mean())
+
+
+def replay_probe(case: Case) -> dict[str, Reproduced]:
+    """Every output `probe_*` of the case that is about the head: step 0, the training with LARS, and the evaluation after it."""
+    system, options = probe_system(case), case.record["linear_probe"]
+    pooled, labels = jnp.asarray(case.inputs["probe_features"]), jnp.asarray(case.inputs["probe_labels"])
+    weight, bias = case.weights["probe.1.weight"], case.weights["probe.1.bias"]
+    params: Tree = {"head": {"kernel": jnp.asarray(weight.T), "bias": jnp.asarray(bias)}}
+    statistics = {"mean": jnp.zeros(system.width), "variance": jnp.ones(system.width)}
+
+    def gradient(params: Tree, statistics: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
+        (loss, classified), grads = jax.value_and_grad(system.loss_of_features, has_aux=True)(params, statistics, pooled, labels)
+        return (loss, classified.statistics), grads
+
+    first = system.classify(params, statistics, pooled, train=True).logits
+    first_gradient = jax.jit(gradient)(params, statistics)[1]["head"]["kernel"].T
+    schedule, steps = recorded_schedule(options)
+    momentum, trust = numbers_of(options["optimizer"], r"LARS momentum ([\d.]+) trust ([\d.]+)")
+    optimizer = make_optimizer("lars", schedule=schedule, momentum=momentum, trust=trust, weight_decay=options["weight_decay"])
+    params, statistics, losses = train_on(gradient, optimizer, params, statistics, steps)
+    logits = system.classify(params, statistics, pooled, train=False).logits
+    accuracies = [top_percent(np.asarray(logits), np.asarray(labels), k) for k in (1, 5)]
+    return {
+        "probe_logits_step0": Reproduced(first),
+        "probe_grad_step0": Reproduced(first_gradient, relative=GRADIENT),
+        "probe_losses": Reproduced(losses),
+        "probe_lrs": Reproduced(np.asarray([float(schedule(step)) for step in range(steps)])),
+        "probe_weight": Reproduced(params["head"]["kernel"].T),
+        "probe_bias": Reproduced(params["head"]["bias"]),
+        "probe_running_mean": Reproduced(statistics["mean"]),
+        "probe_running_var": Reproduced(statistics["variance"]),
+        "probe_logits_eval": Reproduced(logits),
+        "probe_acc1_acc5": Reproduced(np.asarray(accuracies)),
+    }
