@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskae import optim
 from maskae.errors import UserError
@@ -261,7 +261,7 @@ def test_moving_average() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])
 def test_sharded_parameters_get_the_same_update(name: str) -> None:
-    mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     params = {"kernel": np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)}
     spread = jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp")))
     optimizer = optim.make_optimizer(name, schedule=warmup_constant(0.1, 0), weight_decay=0.1)
