@@ -27,7 +27,7 @@ from maskae.run_folder import RunRecord, flatten, read_run
 SCORE_WORDS = ("top1", "top5", "accuracy", "miou")
 # Settings that a probe chose: shown under the results, not among them.
 CHOICE_WORDS = ("learning_rate", "weight_decay", "penalty", "grid/")
-FIRST_CURVES = ("loss", "machine/examples_per_second", "learning_rate", "grad_norm")
+FIRST_CURVES = ("loss", "machine/examples_per_second", "learning_rate", "gradient_norm")
 MACHINE_CURVES = ("machine/examples_per_second", "machine/data_wait_share", "machine/mfu")
 MOST_CURVES = 24
 MOST_BAD_RECORDS = 50
@@ -100,7 +100,7 @@ def _results(run: RunRecord) -> str:
     names = list(dict.fromkeys(name for kind in kinds for name in run.results[kind]))
     if not names:
         return '<h2>Evaluation</h2><p class="quiet">No evaluation numbers in this folder. Data without labels has none.</p>'
-    shown = [name for name in names if not _is_choice(name) and not (name.endswith("_std") and name.removesuffix("_std") in names)]
+    shown = [name for name in names if not (_is_choice(name) or _is_spread(name, names))]
     chosen = [name for name in names if _is_choice(name)]
     step = f" at step {run.results_step:,}" if run.results_step is not None else ""
     note = (
@@ -161,7 +161,8 @@ def _charts(run: RunRecord) -> list[Chart]:
     """A chart per metric, the usual ones first; scores with the baselines' levels, of the machine only the rates."""
     names = [name for name in run.curves if not is_machine_column(name) or name in MACHINE_CURVES]
     scores = [name for name in names if _is_score(name)]
-    rest = [name for name in names if name not in scores and not _is_choice(name) and not name.endswith("_std")]
+    beside = [name for name in names if name.startswith("trivial_") and name.removeprefix("trivial_") in names]
+    rest = [name for name in names if not (name in scores or name in beside or _is_choice(name) or _is_spread(name, names))]
     order = [name for name in FIRST_CURVES if name in rest]
     order += scores + [name for name in rest if name not in order]
     charts = []
@@ -171,7 +172,10 @@ def _charts(run: RunRecord) -> list[Chart]:
             continue  # a count of mishaps that stayed at zero
         metric = name.removeprefix("evaluate/")
         levels = {kind: row[metric] for kind, row in run.results.items() if metric in row and kind != "pretrained"}
-        charts.append(Chart(_words(name.removeprefix("machine/")), {"this run": run.curves[name]}, levels if _is_score(name) else {}))
+        lines = {"this run": run.curves[name]}
+        if f"trivial_{name}" in beside:
+            lines["trivial prediction"] = run.curves[f"trivial_{name}"]
+        charts.append(Chart(_words(name.removeprefix("machine/")), lines, levels if _is_score(name) else {}))
     return charts
 
 
@@ -263,6 +267,11 @@ def _is_score(name: str) -> bool:
 
 def _is_choice(name: str) -> bool:
     return name != "learning_rate" and any(word in name for word in CHOICE_WORDS)
+
+
+def _is_spread(name: str, names: Sequence[str]) -> bool:
+    """Whether a number is the spread of another one (`feature_std` is a number of its own)."""
+    return name.endswith("_std") and name.removesuffix("_std") in names
 
 
 def _words(name: str) -> str:

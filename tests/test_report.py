@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writers = open_writers(workdir, resume_step=None, tensorboard=False)
     for step in range(1, 41):
         loss = math.nan if step == 7 else 1 / step
-        writers.scalars(step, {"loss": loss, "skipped_steps": 0.0, "machine/examples_per_second": 1000.0 + step})
+        writers.scalars(step, {"loss": loss, "trivial_loss": 1.0, "skipped_steps": 0.0, "machine/examples_per_second": 1000.0 + step})
     for step in (0, 40):
         writers.scalars(step, {"evaluate/knn_top1_k20": 0.5 + step / 100})
         writers.images(step, {"reconstruction": np.full((4, 6, 3), step, np.uint8)})
@@ -116,7 +116,7 @@ def test_pictures_and_curves_are_inside_the_page(run: Path) -> None:
     values = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))[0, 0, 0] for source in pictures]
     assert values == [0, 40], "the first and the last panel"
     curves = [base64.b64decode(source.partition(",")[2]) for source in sources if "svg" in source[:30]]
-    assert len(curves) == 3, "loss, rate and kNN; the count that stayed at zero is left out"
+    assert len(curves) == 3, "loss (with the trivial one), rate and kNN; the count that stayed at zero is left out"
     assert all(b"<svg" in curve for curve in curves)
 
 
