@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskae.errors import UserError, nearest
+from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise
 
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 EVALUATORS: dict[str, type] = {
+    "accuracy": Accuracy,
     "attentive": Attentive,
     "clustering": Clustering,
     "knn": Knn,

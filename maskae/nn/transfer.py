@@ -23,7 +23,7 @@ def adopt_encoder(
         own: parameters of a `ViTEncoder` with `trainable_position`, whose shapes and dtypes are kept.
         given: pretrained parameters (numpy or jax) of such an encoder, with `position` or with MAE's fixed table (no `position`).
         grid: rows and columns of patches of `own`.
-        given_grid: those of `given`; None takes a square table's from its length, and `grid` for the fixed table.
+        given_grid: those of `given`; None takes `grid` for the fixed table and for one of its length, else a square.
 
     Returns:
         The parameters, and a line for the log about everything that was not simply copied. A missing final norm (a fine-tuned, mean-pooled
@@ -35,7 +35,8 @@ def adopt_encoder(
     source = flatten_paths(given)
     notes: list[str] = []
     if "position" in source:
-        given_grid = given_grid or _square(source["position"].shape[1] - 1)
+        count = source["position"].shape[1] - 1
+        given_grid = given_grid or (grid if count == grid[0] * grid[1] else _square(count))
     else:
         given_grid = given_grid or grid
         source["position"] = sincos_2d(source["cls_token"].shape[-1], given_grid)[None] if "cls_token" in source else None

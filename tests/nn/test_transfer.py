@@ -85,3 +85,4 @@ def test_a_table_that_is_not_square_needs_its_grid() -> None:
     with pytest.raises(UserError, match="6 patches is not square"):
         adopt_encoder(encoder(0), given, (2, 2))
     assert adopt_encoder(encoder(0), given, (2, 2), (3, 2))[0]["position"].shape == (1, 5, 8)
+    assert adopt_encoder(encoder(0, grid=(3, 2)), given, (3, 2))[1] == []
