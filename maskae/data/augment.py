@@ -27,6 +27,12 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill, resample:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fill)
 
 
+def _posterize(image: Image.Image, bits: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+    # Not ImageOps.posterize: it refuses 0 bits (black), which is what the largest magnitude asks for.
+    table = [value & ~(2 ** (8 - int(bits)) - 1) for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
 def _solarize_add(image: Image.Image, amount: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
     table = [min(255, i + int(amount)) if i < SOLARIZE_ADD_BELOW else i for i in range(256)]
     return image.point(table * len(image.getbands()))
@@ -38,7 +44,7 @@ OPERATIONS: dict[str, Operation] = {
     "Equalize": lambda image, _, fill, resample: ImageOps.equalize(image),
     "Invert": lambda image, _, fill, resample: ImageOps.invert(image),
     "Rotate": lambda image, degrees, fill, resample: image.rotate(degrees, resample=resample, fillcolor=fill),
-    "PosterizeIncreasing": lambda image, bits, fill, resample: ImageOps.posterize(image, int(bits)) if bits < 8 else image,
+    "PosterizeIncreasing": _posterize,
     "SolarizeIncreasing": lambda image, threshold, fill, resample: ImageOps.solarize(image, int(threshold)),
     "SolarizeAdd": _solarize_add,
     "ColorIncreasing": lambda image, factor, fill, resample: ImageEnhance.Color(image).enhance(factor),

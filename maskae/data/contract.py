@@ -90,7 +90,7 @@ def stratified_split(labels: np.ndarray, val_percent: float, seed: int) -> tuple
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        count = min(round(len(rows) * val_percent / 100), len(rows) - 1)
+        count = min(int(len(rows) * val_percent / 100 + 0.5), len(rows) - 1)
         held_out[np.random.default_rng([seed, int(label) + 1]).permutation(rows)[:count]] = True
     if val_percent > 0 and len(labels) > 1 and not held_out.any():
         held_out[np.random.default_rng(seed).integers(len(labels))] = True

@@ -27,13 +27,6 @@ def normalize(images: Array, spec: DataSpec) -> Array:
     return (images.astype(jnp.float32) / spec.max_value - mean) / std
 
 
-def denormalize(images: Array, spec: DataSpec) -> Array:
-    """float32 [B, H, W, C] in normalised units -> float32 [B, H, W, C] in 0..1, clipped."""
-    mean = jnp.asarray(spec.mean, jnp.float32)
-    std = jnp.asarray(spec.std, jnp.float32)
-    return jnp.clip(images * std + mean, 0.0, 1.0)
-
-
 def flip(images: Array, example: Array, key: Array, probability: float = 0.5) -> Array:
     """Mirrors each image left to right with `probability`. images: [B, H, W, C], any dtype; example: int32 [B]."""
     chosen = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), probability))(example)  # [B]

@@ -78,7 +78,9 @@ def _open_builder(arguments: SourceArguments) -> tuple[Any, str | None]:
     try:
         builder = tfds.builder(arguments.path, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(f"{arguments.name}: no data set '{name}' in TFDS{nearest(name, tfds.list_builders())}") from error
+        raise UserError(
+            f"{arguments.name}: no data set '{name}' in TFDS{nearest(name, tfds.list_builders(with_community_datasets=False))}"
+        ) from error
     if not builder.is_prepared():
         raise UserError(
             f"{arguments.name}: not prepared in {builder.data_dir}; prepare it once, with TensorFlow installed, by "
