@@ -49,6 +49,7 @@ def get_config(variant: str = "base") -> ConfigDict:
         "remat": "dots" if variant != "huge" else "full",
     }
     config.data.source = "tfds:imagenet2012"
+    config.data.examples = 1_281_167
     config.train.batch_size = 4096
     set_duration(config.train, total_epochs=1600.0)
     config.optimizer.base_learning_rate = 1.5e-4

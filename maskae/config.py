@@ -52,6 +52,7 @@ def default_config() -> ConfigDict:
             "val_percent": 10.0,  # share split off for validation where the source has no split of its own
             "split_seed": 0,
             "max_examples": 0,  # use only so many training records; 0: all
+            "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
             "image_size": 224,  # pixels per side after the transform
             "channels": 3,
             "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out

@@ -19,7 +19,7 @@ from maskae.errors import UserError
 from maskae.experiment import Experiment
 from maskae.monitor import Writer
 from maskae.monitor.tables import write_atomically
-from maskae.panels import draw_panels
+from maskae.panels import TITLES, panel_sheet
 from maskae.step import TrainState, purpose_key
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,11 @@ class Evaluation:
         shown = min(count, int(batch["valid"].sum()))
         key = purpose_key(self.experiment.root_key, "panels")
         panels = self.panels(variables_of(state), self.experiment.put(batch), key)
-        labels = getattr(system, "panel_labels", {})
-        columns = {labels.get(name, name): np.asarray(images)[:shown] for name, images in panels.items()}
+        labels = getattr(system, "panel_labels", TITLES)
+        order = [name for name in (*TITLES, *panels) if name in panels]
+        columns = {labels.get(name, name): np.asarray(panels[name])[:shown] for name in order}
         spec = self.experiment.spec
-        sheet = draw_panels(columns, mean=spec.mean, std=spec.std, rows=shown, caption=f"{spec.name}, validation images, step {step}")
+        sheet = panel_sheet(columns, mean=spec.mean, std=spec.std, rows=shown, caption=f"{spec.name}, validation images, step {step}")
         writer.images(step, {"reconstruction": sheet})
 
     def save(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from maskae import start
 from maskae.config import build_from
 from maskae.data import device
 from maskae.data.pipeline import Batch, Pipeline, evaluation_batches
-from maskae.data.sources import Source, open_source
+from maskae.data.sources import LimitedSource, Source, open_source
 from maskae.data.spec import DataSpec
 from maskae.data.transforms import STEPS, Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
@@ -30,6 +31,8 @@ from maskae.schedules import make_schedule, scaled_learning_rate
 from maskae.step import TrainState, init_train_state, make_train_step, train_state_of
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System, Variables
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Experiment:
         group = self.config.evaluate
         source = {"train": self.train_source, "val": self.val_source}[split]
         if group.max_examples:
-            source = limited(source, group.max_examples)
+            source = LimitedSource(source, group.max_examples)
         return evaluation_batches(
             source,
             self.transform(self.config.data.val_transform),
@@ -135,12 +138,14 @@ class Experiment:
         return mesh_module.put_batch(batch, self.mesh)
 
     def prepare(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-        """The device transform of a training batch: flip, normalise, mix, erase."""
+        """The device transform of a training batch: flip, normalise, erase, mix; the mix is one draw for the whole batch."""
         data = self.config.data
         example = batch["example"]
         flip_key, mix_key, erase_key = jax.random.split(key, 3)
         images = device.flip(batch["image"], example, flip_key) if data.flip else batch["image"]
         batch = {**batch, "image": device.normalize(images, self.spec)}
+        if data.erasing:
+            batch["image"] = device.random_erasing(batch["image"], example, erase_key, probability=data.erasing)
         if data.mixup_alpha or data.cutmix_alpha:
             batch["image"], batch["soft_label"] = device.mixup_cutmix(
                 batch["image"],
@@ -151,8 +156,6 @@ class Experiment:
                 smoothing=data.label_smoothing,
                 num_classes=self.num_classes,
             )
-        if data.erasing:
-            batch["image"] = device.random_erasing(batch["image"], example, erase_key, probability=data.erasing)
         return batch
 
     def prepare_evaluation(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -246,21 +249,48 @@ class Experiment:
         return state, pretrained.step
 
 
-def limited(source: Source, count: int) -> Source:
-    """The first `count` records of a source."""
-    from maskae.data.sources import LimitedSource
-
-    return LimitedSource(source, min(count, len(source)))
-
-
 def open_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the validation records. Raises UserError for a source that is not there."""
     data = config.data
-    train, val = (
-        open_source(data.source, split, root=data.root or None, val_percent=data.val_percent, split_seed=data.split_seed)
-        for split in ("train", "val")
+    options = {"root": data.root or None, "val_percent": data.val_percent, "split_seed": data.split_seed, "channels": data.channels}
+    return (
+        open_source(data.source, "train", max_examples=data.max_examples or None, **options),
+        open_source(data.source, "val", **options),
     )
-    return (limited(train, data.max_examples) if data.max_examples else train), val
+
+
+@dataclass(frozen=True)
+class AbsentSource:
+    """Stands for records that are not on this machine where only sizes matter (a dry run, a plan); reading one fails."""
+
+    spec: DataSpec
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise UserError(f"{self.spec.name} is not on this machine")
+
+    def name(self, index: int) -> str:
+        """The record's number."""
+        return f"record {index}"
+
+
+def open_or_assume(config: ConfigDict) -> tuple[Source, Source]:
+    """As `open_sources`; where the data is not there, its size is taken from `data.examples`. Raises UserError where that is 0."""
+    try:
+        return open_sources(config)
+    except UserError as error:
+        if not config.data.examples:
+            raise
+        logger.info("%s; going on with data.examples=%d as the recipe says", error, config.data.examples)
+    channels = config.data.channels
+    classes = config.model.num_classes if "num_classes" in config.model else None
+    counts = {"train": config.data.examples}
+    spec = DataSpec(config.data.source, None, channels, (0.5,) * channels, (0.25,) * channels, num_classes=classes, counts=counts)
+    source = AbsentSource(spec, config.data.examples)
+    return source, source
 
 
 def build(config: ConfigDict, sources: tuple[Source, Source] | None = None) -> Experiment:
@@ -272,7 +302,13 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None) -> E
     train_source, val_source = sources or open_sources(config)
     spec = train_source.spec
     if spec.channels != config.data.channels:
-        raise UserError(f"data.channels={config.data.channels}, but {config.data.source} has {spec.channels}: --config.data.channels={spec.channels}")
+        raise UserError(f"data.channels={config.data.channels}, but {config.data.source} has {spec.channels}")
+    classes = getattr(system, "num_classes", None)
+    if classes is not None and classes != spec.num_classes:
+        raise UserError(f"model.num_classes={classes}, but {config.data.source} has {spec.num_classes or 'no labels'}")
+    if spec.image_shape and not config.data.train_transform and spec.image_shape[:2] != (config.data.image_size,) * 2:
+        height, width = spec.image_shape[:2]
+        raise UserError(f"data.image_size={config.data.image_size}, but {config.data.source} has {height} x {width} pixels and no transform")
     return Experiment(config, mesh, system, train_source, val_source)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskae.errors import UserError
+from maskae.paths import map_paths
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -47,11 +48,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def path_name(path: Sequence[Any]) -> str:
-    """`encoder/block_0/norm1/scale` for a key path of `jax.tree_util`."""
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
-
-
 def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Where the array called `name` lies: the first rule whose pattern matches, less the axes that do not divide `shape`."""
     for pattern, axes in RULES:
@@ -65,9 +61,7 @@ def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf of `tree` (arrays or shapes). Optimizer moments and averaged copies end in their parameter's path,
     so the same rules place them where their parameter lies."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh)), tree
-    )
+    return map_paths(lambda name, leaf: NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh)), tree)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

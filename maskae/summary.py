@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from maskae.experiment import Experiment, parameter_count
-from maskae.mesh import path_name
+from maskae.paths import flatten_paths
 
 
 def describe_experiment(experiment: Experiment) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def dry_run_lines(experiment: Experiment) -> list[str]:
     ]
     lines += [f"  {name:10s} {leaf.dtype}{list(leaf.shape)} {leaf.sharding.spec}" for name, leaf in experiment.batch_shapes().items()]
     lines.append("parameters and where they lie")
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state["params"])[0]:
-        lines.append(f"  {path_name(path):50s} {leaf.dtype}{list(leaf.shape)} {leaf.sharding.spec}")
+    for name, leaf in flatten_paths(state["params"]).items():
+        lines.append(f"  {name:50s} {leaf.dtype}{list(leaf.shape)} {leaf.sharding.spec}")
     lines.append("one abstract step gives " + ", ".join(sorted(metrics)))
     return lines
 

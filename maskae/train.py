@@ -23,7 +23,7 @@ from maskae import config as config_module
 from maskae.checkpoint import Checkpointer
 from maskae.errors import UserError
 from maskae.evaluation import Evaluation
-from maskae.experiment import Experiment, build, data_metadata
+from maskae.experiment import Experiment, build, data_metadata, open_or_assume
 from maskae.monitor import Clock, LateMetrics, MultiWriter, Profiler, Progress, Watchdog, describe_run, machine_columns, open_writers
 from maskae.monitor.tables import write_atomically
 from maskae.report import write_report
@@ -305,6 +305,6 @@ def evaluate_run(config: ConfigDict, target: Path) -> None:
 
 def dry_run(config: ConfigDict) -> None:
     """Builds everything, prints sizes and shardings, and runs one abstract step. Raises UserError."""
-    experiment = build(config)
+    experiment = build(config, open_or_assume(config))
     with jax.set_mesh(experiment.mesh):
         print("\n".join(dry_run_lines(experiment)))
