@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import PurePath
 from types import TracebackType
@@ -28,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from maskae.errors import UserError, nearest
 from maskae.manifest import MANIFEST, find_damage, write_manifest
+from maskae.paths import flatten_paths, map_paths, unflatten_paths
 
 logger = logging.getLogger(__name__)
 
@@ -50,34 +52,22 @@ def _is_empty(node: Any) -> bool:
     return not jax.tree.leaves(node)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """`{"params/encoder/norm/scale": leaf}` in the order of `jax.tree.leaves`; fields and positions of tuples are names too."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-    # Orbax joins names by dots and would store two leaves "a.b" and "a/b" in one place without a word.
-    if len({name.replace("/", ".") for name in named}) != len(flat):
-        raise ValueError("two leaves of the tree have the same path name; names must differ also where '.' is read as '/'")
-    return named
-
-
 def _stored_form(tree: Any) -> dict[str, Any]:
     """The tree as nested dictionaries keyed by strings; empty containers stay, as {}.
 
     Raises TypeError for a leaf that is not a plain array (Python numbers and typed PRNG keys included) or has no elements.
     """
-    for name, leaf in named_leaves(tree).items():
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): {} if _is_empty(node) else node for path, node in nodes}
+    # Orbax joins names by dots and would store two leaves "a.b" and "a/b" in one place without a word.
+    if len({name.replace("/", ".") for name in named}) != len(nodes):
+        raise ValueError("two leaves of the tree have the same path name; names must differ also where '.' is read as '/'")
+    for name, leaf in flatten_paths(named).items():
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(f"checkpoint leaf {name} is {type(leaf).__name__}, not an array of numbers")
         if leaf.size == 0:
             raise TypeError(f"checkpoint leaf {name} has shape {leaf.shape}; an array without elements cannot be stored")
-    nested: dict[str, Any] = {}
-    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)[0]:
-        *parents, last = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = {} if _is_empty(node) else np.asarray(node) if isinstance(node, np.generic) else node
-    return nested
+    return unflatten_paths({name: np.asarray(node) if isinstance(node, np.generic) else node for name, node in named.items()})
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], allow_cast: bool) -> list[str]:
@@ -104,7 +94,7 @@ def _read_record(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def _delete(folder: epath.Path) -> None:
-    """Deletes a step so that a kill at any moment leaves a folder that does not count and is known as ours."""
+    """Deletes a step in an order such that a kill leaves a folder that does not count and is still known as ours."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for child in folder.iterdir():
         if child.is_dir():
@@ -223,6 +213,7 @@ class Checkpointer:
         elif self._thread is not None:
             # The error under way must not be hidden by one of the last save, nor wait for processes that may be gone.
             self._thread.join()
+            self._thread = None
             if self._failure is not None:
                 logger.error("saving step %d failed too: %s", self._failure[0], _reason(self._failure[1]))
 
@@ -253,16 +244,15 @@ class Checkpointer:
         """
         self._verify(step)
         stored = self._stored(step)
-        wanted = named_leaves(abstract_tree)
-        if lines := _differences(named_leaves(stored), wanted, allow_cast):
+        wanted = flatten_paths(abstract_tree)
+        if lines := _differences(flatten_paths(stored), wanted, allow_cast):
             raise CheckpointMismatch(f"checkpoint step {step} in {self._folder}", lines)
         home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-        def place(path: Any, _: Any) -> jax.ShapeDtypeStruct:
-            leaf = wanted[jax.tree_util.keystr(path, simple=True, separator="/")]
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or home)
-
-        loaded = named_leaves(self._load(step, jax.tree_util.tree_map_with_path(place, stored)))
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or home)
+            for name, leaf in wanted.items()
+        }
+        loaded = flatten_paths(self._load(step, map_paths(lambda name, _: target[name], stored)))
         self._current.add(step)
         return jax.tree.unflatten(jax.tree.structure(abstract_tree), [loaded[name] for name in wanted])
 
@@ -333,7 +323,7 @@ class Checkpointer:
             return ocp.load(self._folder / str(step), target, checkpointable_name=STATE)
 
     def _make_room(self, step: int) -> None:
-        """On process 0, before a save: the folder exists, leftovers of killed saves are gone, and so is a damaged copy of this step."""
+        """On process 0, before a save: makes the folder, removes leftovers of killed saves and a damaged copy of this step."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not self._swept:
@@ -341,11 +331,14 @@ class Checkpointer:
             folder = self._folder / str(step)
             if not folder.exists():
                 return
-            problem = find_damage(folder)
-            if problem is None or (_read_record(folder) is None and not (folder / MANIFEST).exists()):
+            if (problem := find_damage(folder)) is None:
                 raise UserError(f"{self._folder} already has a step {step} that this run neither saved nor restored; choose another folder")
             logger.warning("checkpoint step %d in %s is replaced: %s", step, self._folder, problem)
-            _delete(folder)
+            if (folder / MANIFEST).exists() or _read_record(folder) is not None:
+                _delete(folder)
+            else:
+                # Nothing proves that maskae wrote it.
+                folder.rename(self._folder / f"{step}.moved-away-{time.time_ns()}")
             self._damaged.discard(step)
         except OSError as error:
             raise UserError(f"cannot write the checkpoint folder {self._folder}: {_reason(error)}") from error

@@ -20,23 +20,28 @@ def write_manifest(folder: epath.Path) -> None:
 
 
 def find_damage(folder: epath.Path) -> str | None:
-    """What is wrong, naming the file (missing, truncated, changed), or None. Reads every byte, after the sizes, which cost nothing."""
+    """What is wrong, naming the first bad file (missing, truncated, changed, unreadable), or None. Reads every byte."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so its save never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    for name, (size, _) in expected.items():
-        if not (folder / name).exists():
-            return f"{name} is missing"
-        if (length := (folder / name).stat().length) != size:
-            return f"{name} has {length} bytes instead of {size}"
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(lambda name: _digest(folder / name), expected)
-        changed = [name for name, digest in zip(expected, digests, strict=True) if digest != expected[name][1]]
-    return f"{changed[0]} has changed (its SHA-256 differs)" if changed else None
+        problems = pool.map(lambda item: _find_file_damage(folder / item[0], *item[1]), expected.items())
+        return next((f"{name} {problem}" for name, problem in zip(expected, problems, strict=True) if problem), None)
+
+
+def _find_file_damage(path: epath.Path, size: int, digest: str) -> str | None:
+    try:
+        if (length := path.stat().length) != size:
+            return f"has {length} bytes instead of {size}"
+        return "has changed (its SHA-256 differs)" if _digest(path) != digest else None
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _files(folder: epath.Path) -> list[str]:

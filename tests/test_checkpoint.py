@@ -8,12 +8,13 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -182,8 +184,14 @@ def test_failed_save_raises_at_the_next_call_and_the_folder_stays_usable(tmp_pat
             checkpointer.save(3, big, {}) if through == "save" else getattr(checkpointer, through)()
     assert checkpointer.latest_step() == 1
     checkpointer.save(2, big, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [2]
+    with full_disk(), pytest.raises(UserError, match="saving step 3"):
+        checkpointer.save(3, big, {})
+        checkpointer.wait()
+    checkpointer.save(4, big, {})
     checkpointer.close()
-    assert checkpointer.steps() == [2] and sorted(os.listdir(tmp_path)) == ["2"]
+    assert os.listdir(tmp_path) == ["4"], "what the failed save left is gone"
 
 
 def test_error_in_the_block_is_not_hidden_by_a_failed_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -213,8 +221,8 @@ def test_retention_does_not_count_a_damaged_step(tmp_path: Path) -> None:
         checkpointer.save(2, make_state(2), {})
         checkpointer.wait()
         assert checkpointer.steps() == [1, 2, 3] and find_damage(checkpointer._folder / "2") is None
-        checkpointer.save(3, make_state(3), {})
-    assert checkpointer.steps() == [2, 3] and checkpointer.latest_step() == 3
+        checkpointer.save(4, make_state(4), {})
+    assert checkpointer.steps() == [2, 4] and checkpointer.latest_step() == 4
 
 
 def test_existing_step_of_another_run_is_never_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,15 +235,20 @@ def test_existing_step_of_another_run_is_never_overwritten(tmp_path: Path, caplo
     other.save(5, make_state(5), {"again": True})
     other.wait()
     assert snapshot(tmp_path) == before, "the step that was restored is the same one and is not written again"
-    with ocp.Context():
-        ocp.save(tmp_path / "6", {"w": jnp.ones(3)})
-    with pytest.raises(UserError, match="already has a step 6"):
-        other.save(6, make_state(6), {})
     (tmp_path / "5" / MANIFEST).write_bytes(b"{")
     with Checkpointer(tmp_path, keep_last=1) as third:
         third.save(5, make_state(50), {})
     assert any("step 5" in line and "is replaced" in line and MANIFEST in line for line in lines(caplog))
     assert_same(third.restore(5, abstract(make_state())), make_state(50))
+
+
+def test_folder_that_maskae_did_not_write_is_moved_away_not_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ocp.save(tmp_path / "6", {"w": jnp.ones(3)})
+    save_steps(tmp_path, [6])
+    (moved,) = tmp_path.glob("6.moved-away-*")
+    np.testing.assert_array_equal(ocp.load(moved, {"w": np.ndarray})["w"], np.ones(3))
+    assert any("step 6" in line and "is replaced" in line for line in lines(caplog))
+    assert Checkpointer(tmp_path, keep_last=1).latest_step() == 6
 
 
 def damage_file(path: Path, kind: str) -> None:
@@ -437,6 +450,37 @@ def test_only_a_save_sweeps_and_only_what_is_ours(tmp_path: Path) -> None:
     assert reader.latest_step() == 3 and reader.steps() == [1, 3] and sorted(os.listdir(tmp_path)) == before
     save_steps(tmp_path, [5])
     assert sorted(os.listdir(tmp_path)) == ["1", "3", "5", "9", "notes.orbax-checkpoint-tmp"]
+
+
+def delete_interrupted(folder: epath.Path, operations: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Deletes a step, interrupted before its operation number `operations`; returns the names of what went, in order."""
+    done: list[str] = []
+
+    def counted(operation: Callable[..., None]) -> Callable[..., None]:
+        def run(path: epath.Path, *args: Any, **kwargs: Any) -> None:
+            if len(done) == operations:
+                raise KeyboardInterrupt
+            done.append(path.name)
+            operation(path, *args, **kwargs)
+
+        return run
+
+    for name in ("unlink", "rmtree"):
+        patch.setattr(type(folder), name, counted(getattr(type(folder), name)))
+    with contextlib.suppress(KeyboardInterrupt):
+        checkpoint._delete(folder)
+    return done
+
+
+def test_interrupted_deletion_leaves_a_step_known_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, [1])
+    for operations in range(1, 6):
+        copy = epath.Path(shutil.copytree(tmp_path / "1", tmp_path / f"copy{operations}"))
+        with monkeypatch.context() as patch:
+            done = delete_interrupted(copy, operations, patch)
+        assert done[0] == MANIFEST
+        assert not copy.exists() or checkpoint._read_record(copy) is not None
+    assert not copy.exists(), "the last round was not interrupted"
 
 
 @contextlib.contextmanager
