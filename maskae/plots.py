@@ -57,9 +57,11 @@ def draw_charts(charts: Sequence[Chart], *, columns: int, kind: Literal["png", "
 
 def _draw_chart(axes: Any, chart: Chart) -> None:
     colours = itertools.cycle(COLOURS)
-    for (label, (steps, values)), colour in zip(chart.curves.items(), colours, strict=False):
+    # The first of several curves is broad and pale, so that it shows under an equal one.
+    styles = itertools.chain([{"linewidth": 4.0, "alpha": 0.4}] if len(chart.curves) > 1 else [], itertools.repeat({"linewidth": 1.6}))
+    for (label, (steps, values)), colour, style in zip(chart.curves.items(), colours, styles, strict=False):
         marker = "o" if len(steps) <= FEW_POINTS else None
-        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3, alpha=0.9)
+        axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=3, **style)
     for (label, level), colour in zip(chart.levels.items(), colours, strict=False):
         axes.axhline(level, color=colour, label=label, linewidth=1.2, linestyle="--")
     axes.set_title(chart.title, fontsize=10, loc="left", color="#222222")

@@ -172,9 +172,8 @@ def _charts(run: RunRecord) -> list[Chart]:
             continue  # a count of mishaps that stayed at zero
         metric = name.removeprefix("evaluate/")
         levels = {kind: row[metric] for kind, row in run.results.items() if metric in row and kind != "pretrained"}
-        lines = {"this run": run.curves[name]}
-        if f"trivial_{name}" in beside:
-            lines["trivial prediction"] = run.curves[f"trivial_{name}"]
+        lines = {"trivial prediction": run.curves[f"trivial_{name}"]} if f"trivial_{name}" in beside else {}
+        lines["this run"] = run.curves[name]
         charts.append(Chart(_words(name.removeprefix("machine/")), lines, levels if _is_score(name) else {}))
     return charts
 

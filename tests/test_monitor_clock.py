@@ -183,6 +183,31 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     assert "a line of its own\n" in stream.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_outlives_the_reader_of_its_progress(terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
+    class Closed(Terminal):
+        gone = False
+
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise BrokenPipeError("the reader is gone")
+            return super().write(text)
+
+    time, stream = Time(), Closed()
+    progress = Progress(100, stream=stream, time=time)
+    progress.update(1, loss=0.5)
+    stream.gone = True
+    progress.write("a line of its own")
+    for step in range(2, 101):
+        time.pass_(10)
+        progress.update(step, loss=0.5)
+    progress.close()
+    assert caplog.text.count("the reader is gone") == 1
+
+
 def test_format_seconds() -> None:
     assert [format_seconds(s) for s in (0.4, 72, 47159, 187506)] == ["0:00:00", "0:01:12", "13:05:59", "2d 04:05:06"]
 

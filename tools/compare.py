@@ -185,8 +185,8 @@ def notes(first: Side, second: Side, results: Sequence[Difference]) -> list[str]
 
 
 def plot(first: Side, second: Side, metrics: Sequence[str], path: Path) -> None:
-    """Draws both curves of each metric into one PNG file. Raises UserError where it cannot be written."""
-    shown = [name for name in metrics if first.curves[name][0]][:MOST_CHARTS]
+    """Draws both curves of each metric, the loss and the longest first, into one PNG file. Raises UserError where it cannot be written."""
+    shown = sorted(metrics, key=lambda name: (name != "loss", -len(first.curves[name][0])))[:MOST_CHARTS]
     charts = [Chart(name, {f"A: {first.name}": first.curves[name], f"B: {second.name}": second.curves[name]}) for name in shown]
     picture = draw_charts(charts, columns=min(3, len(charts)), kind="png")
     try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import sys
 import time as system_time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from maskae.monitor.clock import format_seconds
+
+logger = logging.getLogger(__name__)
 
 # Without a terminal: the shortest and the longest time between two lines, and the share of the run so far that the time is in between.
 SHORTEST_SECONDS, LONGEST_SECONDS, SHARE = 5.0, 600.0, 0.03
@@ -68,28 +73,42 @@ class Progress:
             parts.append(f"ETA {format_seconds(eta_seconds)}")
         self._values = "  ".join(parts)
         advance, self._step = step - self._step, step
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._values, refresh=False)
-            self._bar.update(advance)
-            return
-        now = self._time()
-        if now >= self._next_line or step >= self._total_steps:
-            self._write_line()
-            self._next_line = now + min(max((now - self._began) * SHARE, SHORTEST_SECONDS), LONGEST_SECONDS)
+        with self._stream_may_be_gone():
+            if self._bar is not None:
+                self._bar.set_postfix_str(self._values, refresh=False)
+                self._bar.update(advance)
+                return
+            now = self._time()
+            if now >= self._next_line or step >= self._total_steps:
+                self._write_line()
+                self._next_line = now + min(max((now - self._began) * SHARE, SHORTEST_SECONDS), LONGEST_SECONDS)
 
     def write(self, line: str) -> None:
         """Writes a line of its own, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            print(line, file=self._stream, flush=True)
+        with self._stream_may_be_gone():
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the last state on the screen."""
-        if self._bar is not None:
-            self._bar.close()
-        elif self._values and self._last_line_step != self._step:
-            self._write_line()
+        with self._stream_may_be_gone():
+            if self._bar is not None:
+                self._bar.close()
+            elif self._values:
+                self._write_line()
+
+    @contextlib.contextmanager
+    def _stream_may_be_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A terminal that was closed, or a reader like `head` that has seen enough, must not end a run of days.
+            logger.warning("no progress can be shown any more: %s", error)
+            if self._bar is not None:
+                self._bar.disable = True  # else it writes once more when it is collected
+            self._bar, self._stream = None, open(os.devnull, "w")  # noqa: SIM115
 
     def _write_line(self) -> None:
         if self._last_line_step == self._step:
