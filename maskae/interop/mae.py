@@ -1,10 +1,9 @@
-"""MAE's reference cases: pre-training here, the classifiers in `mae_classifiers`, the augmentations in `augmentations`."""
+"""MAE's reference cases: pre-training here, the classifiers in `mae_classifiers`, the augmentations in `mae_augmentations`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,10 @@ import numpy as np
 
 from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps, exact
-from maskae.interop.layout import Flat, Geometry, from_foreign, to_foreign
+from maskae.interop.layout import Geometry, from_foreign
+from maskae.interop.mae_augmentations import replay_augmentations
+from maskae.interop.mae_classifiers import replay_finetune, replay_probe
+from maskae.interop.record import KEY_BIAS, adam_constants, image_size_of, key_bias, official_names, recorded_schedule
 from maskae.interop.vit import LAYOUTS
 from maskae.losses.reconstruction import normalise_patches
 from maskae.masking import keep_count
@@ -21,19 +23,14 @@ from maskae.nn.patches import patchify
 from maskae.nn.positions import sincos_2d
 from maskae.optim import make_optimizer
 from maskae.paths import flatten_paths, unflatten_paths
-from maskae.schedules import Schedule, warmup_cosine
 from maskae.systems.mae import Mae
-
-PAPER = LAYOUTS["paper"]
-KEY_BIAS = "key bias: its true gradient is 0 and Adam turns rounding noise into steps"
 
 
 def system_of(case: Case) -> Mae:
     """The system with the case's own options."""
     built = case.record["constructor"]
-    size = built["img_size"]
     return Mae(
-        image_size=size if isinstance(size, int) else (size[0], size[1]),
+        image_size=image_size_of(built),
         channels=built["in_chans"],
         patch_size=built["patch_size"],
         width=built["embed_dim"],
@@ -48,10 +45,15 @@ def system_of(case: Case) -> Mae:
     )
 
 
+def geometry_of(system: Mae) -> Geometry:
+    """What the shapes of the recorded tensors depend on."""
+    return Geometry(system.patch_size, system.grid)
+
+
 def params_of(case: Case, system: Mae) -> dict[str, Any]:
     """The recorded weights as the system's parameters. Raises UserError where one is missing or has another shape."""
     template = flatten_paths(jax.eval_shape(system.init, jax.random.key(0), {}).params)
-    flat, report = from_foreign(case.weights, template, PAPER, Geometry(system.patch_size, system.grid))
+    flat, report = from_foreign(case.weights, template, LAYOUTS["paper"], geometry_of(system))
     if wrong := report.mismatched + report.missing + [note for note in report.notes if "not the fixed" in note]:
         raise UserError(f"{case.folder}: the weights are not those of the recorded options: {'; '.join(wrong[:3])}")
     return jax.tree.map(jnp.asarray, unflatten_paths(flat))
@@ -60,20 +62,6 @@ def params_of(case: Case, system: Mae) -> dict[str, Any]:
 def images_of(case: Case, name: str = "imgs") -> jax.Array:
     """Recorded images [B, C, H, W] as [B, H, W, C]."""
     return jnp.asarray(case.inputs[name].transpose(0, 2, 3, 1))
-
-
-def paper_names(tree: Any, system: Mae) -> Flat:
-    """A tree shaped like the parameters (parameters, gradients) by official names, without the fixed tables."""
-    arrays = {path: np.asarray(leaf) for path, leaf in flatten_paths(tree).items()}
-    bare = dataclasses.replace(PAPER, positions={})
-    return to_foreign(arrays, bare, Geometry(system.patch_size, system.grid))[0]
-
-
-def key_bias(name: str, length: int) -> np.ndarray | None:
-    """Which entries of a fused qkv bias [3D] belong to the keys; None for every other parameter."""
-    if not name.endswith("attn.qkv.bias"):
-        return None
-    return np.arange(length) // (length // 3) == 1
 
 
 def replay_forward(case: Case, system: Mae, params: Any) -> dict[str, Reproduced]:
@@ -98,30 +86,16 @@ def replay_forward(case: Case, system: Mae, params: Any) -> dict[str, Reproduced
 def replay_gradients(case: Case, system: Mae, params: Any) -> dict[str, Reproduced]:
     """`grad/<name>` and `gradnorm/<name>` of the loss."""
     images, noise = images_of(case), jnp.asarray(case.inputs["noise"])
-    grads = paper_names(jax.jit(jax.grad(lambda p: system.loss_given_noise(p, images, noise)[0]))(params), system)
+    grads = official_names(jax.jit(jax.grad(lambda p: system.loss_given_noise(p, images, noise)[0]))(params), geometry_of(system))
     found = {f"grad/{name}": Reproduced(grad, GRADIENT) for name, grad in grads.items()}
     norms = {name: np.linalg.norm(grad.astype(np.float64).ravel()) for name, grad in grads.items()}
     return found | {f"gradnorm/{name}": Reproduced(norm, GRADIENT) for name, norm in norms.items()}
 
 
-def schedule_of(options: dict[str, Any]) -> Schedule:
-    """The recorded warm-up cosine, its epochs in steps."""
-    per_epoch = options["steps_per_epoch"]
-    return warmup_cosine(options["lr"], options["min_lr"], options["warmup_epochs"] * per_epoch, options["epochs"] * per_epoch)
-
-
-def adam_constants(text: str) -> dict[str, Any]:
-    """b1, b2 and eps of a recorded "AdamW betas (0.9, 0.95) eps 1e-8"."""
-    found = re.search(r"betas \(([\d.]+), ([\d.]+)\) eps ([\d.e-]+)", text)
-    if not found:
-        raise UserError(f"cannot read the optimizer '{text}' of the case")
-    return dict(zip(("b1", "b2", "eps"), map(float, found.groups()), strict=True))
-
-
 def replay_training(case: Case, system: Mae, params: Any) -> dict[str, Reproduced]:
     """AdamW steps on one batch with the recorded masking noise of each step."""
     options = case.record["pretrain_steps"]
-    schedule = schedule_of(options)
+    schedule = recorded_schedule(options)
     optimizer = make_optimizer("adamw", schedule=schedule, weight_decay=options["weight_decay"], **adam_constants(options["optimizer"]))
     images, noise = images_of(case), jnp.asarray(case.inputs["train_noise"])
 
@@ -137,7 +111,7 @@ def replay_training(case: Case, system: Mae, params: Any) -> dict[str, Reproduce
         losses.append(loss)
     rates = [float(schedule(number)) for number in range(options["steps"])]
     found = {"train_losses": Reproduced(np.stack(losses)), "train_lrs": Reproduced(np.asarray(rates))}
-    for name, value in paper_names(params, system).items():
+    for name, value in official_names(params, geometry_of(system)).items():
         skip = key_bias(name, value.size)
         found[f"train_params/{name}"] = after_steps(value, rates, skip, "" if skip is None else KEY_BIAS)
     return found
@@ -158,7 +132,7 @@ def replay_tables(case: Case) -> dict[str, Reproduced]:
             pattern = r"lr ([\d.e-]+), min_lr ([\d.e-]+), ([\d.]+) epochs, ([\d.]+) warm-up, (\d+) steps per epoch"
             if values := re.search(pattern, meaning):
                 keys = ("lr", "min_lr", "epochs", "warmup_epochs", "steps_per_epoch")
-                schedule = schedule_of(dict(zip(keys, map(float, values.groups()), strict=True)))
+                schedule = recorded_schedule(dict(zip(keys, map(float, values.groups()), strict=True)))
                 found[name] = Reproduced([float(schedule(step)) for step in range(len(recorded))])
     return found
 
@@ -167,12 +141,11 @@ def replay(case: Case) -> dict[str, Reproduced]:
     """Every recorded output of an MAE case that is there to compare."""
     system = system_of(case)
     params = params_of(case, system)
-    found = replay_tables(case) | replay_forward(case, system, params)
-    parts: tuple[tuple[tuple[str, ...], Callable[..., dict[str, Reproduced]]], ...] = (
-        (("grad/", "gradnorm/"), replay_gradients),
-        (("train_",), replay_training),
-    )
-    for prefixes, part in parts:
-        if case.wants(*prefixes):
-            found |= part(case, system, params)
-    return found
+    found = replay_tables(case) | replay_augmentations(case) | replay_forward(case, system, params)
+    if case.wants("grad/", "gradnorm/"):
+        found |= replay_gradients(case, system, params)
+    if case.wants("train_"):
+        found |= replay_training(case, system, params)
+    if case.wants("ft_"):
+        found |= replay_finetune(case)
+    return found | (replay_probe(case) if "probe_losses" in case.outputs else {})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,32 +11,17 @@ import numpy as np
 
 from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps
-from maskae.interop.layout import Geometry, from_foreign, to_foreign
+from maskae.interop.layout import Geometry, from_foreign
+from maskae.interop.record import KEY_BIAS, adam_constants, image_size_of, key_bias, numbers_of, official_names, recorded_schedule
 from maskae.interop.vit import LAYOUTS
 from maskae.losses.classification import label_smoothing_cross_entropy, soft_target_cross_entropy
 from maskae.nn.stack import drop_path_rates
 from maskae.optim import Optimizer, make_optimizer
 from maskae.paths import flatten_paths, unflatten_paths
-from maskae.schedules import Schedule, warmup_cosine
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
 
 Tree = Any
-
-
-def numbers_of(text: str, pattern: str) -> tuple[float, ...]:
-    """The numbers that `pattern`'s groups match in a sentence of the record. Raises UserError where it does not match."""
-    found = re.search(pattern, text)
-    if found is None:
-        raise UserError(f"the reference case says {text!r}, in which no {pattern!r} is found")
-    return tuple(float(group) for group in found.groups())
-
-
-def recorded_schedule(options: Mapping[str, Any]) -> tuple[Schedule, int]:
-    """The warm-up and cosine of a recorded training, and its number of steps."""
-    per_epoch = options["steps_per_epoch"]
-    warmup, total = options["warmup_epochs"] * per_epoch, options["epochs"] * per_epoch
-    return warmup_cosine(options["lr"], options["min_lr"], warmup, total), options["steps"]
 
 
 def train_on(gradient: Any, optimizer: Optimizer, params: Tree, state: Tree, steps: int) -> tuple[Tree, Tree, np.ndarray]:
@@ -55,23 +38,6 @@ def train_on(gradient: Any, optimizer: Optimizer, params: Tree, state: Tree, ste
         params, state, opt, loss = one(params, state, opt, jnp.int32(step))
         losses.append(float(loss))
     return params, state, np.asarray(losses)
-
-
-def to_official(tree: Tree, geometry: Geometry) -> dict[str, np.ndarray]:
-    """Parameters or their gradients under the names and in the shapes of the paper's code."""
-    flat = {path: np.asarray(leaf) for path, leaf in flatten_paths(tree).items()}
-    return {name: np.asarray(value) for name, value in to_foreign(flat, LAYOUTS["paper"], geometry)[0].items()}
-
-
-def key_bias(name: str, size: int) -> np.ndarray | None:
-    """Where a qkv bias belongs to the keys: softmax does not see it, its gradient is rounding noise and Adam makes steps of that."""
-    return np.arange(size) // (size // 3) == 1 if name.endswith("qkv.bias") else None
-
-
-def image_size_of(options: Mapping[str, Any]) -> int | tuple[int, int]:
-    """The recorded image size, one number or (height, width)."""
-    size = options["img_size"]
-    return size if isinstance(size, int) else (size[0], size[1])
 
 
 def finetune_system(case: Case) -> FineTune:
@@ -140,23 +106,18 @@ def replay_finetune(case: Case) -> dict[str, Reproduced]:
         (loss, out), grads = jax.value_and_grad(still.loss, has_aux=True)(params, state, batch, jax.random.key(0), 0)
         return (loss, out.state), grads
 
-    for name, value in to_official(jax.jit(gradient)(params, {})[1], geometry).items():
-        skip = key_bias(name, value.size)
-        note = "" if skip is None else "the keys' bias has no gradient"
-        outputs[f"ft_grad/{name}"] = Reproduced(value, relative=GRADIENT, skip=skip, note=note)
+    for name, value in official_names(jax.jit(gradient)(params, {})[1], geometry).items():
+        outputs[f"ft_grad/{name}"] = Reproduced(value, relative=GRADIENT)
     return outputs | _train_finetune(case, gradient, params, geometry)
 
 
 def _train_finetune(case: Case, gradient: Any, params: Tree, geometry: Geometry) -> dict[str, Reproduced]:
     options = case.record["finetune"]
-    schedule, steps = recorded_schedule(options)
-    b1, b2, eps = numbers_of(options["optimizer"], r"AdamW betas \(([\d.]+), ([\d.]+)\) eps ([\d.e-]+)")
+    schedule, steps = recorded_schedule(options), options["steps"]
     optimizer = make_optimizer(
         "adamw",
         schedule=schedule,
-        b1=b1,
-        b2=b2,
-        eps=eps,
+        **adam_constants(options["optimizer"]),
         weight_decay=options["weight_decay"],
         no_decay=("vectors", "cls_token", "position"),
         layer_decay=options["layer_decay"],
@@ -164,10 +125,9 @@ def _train_finetune(case: Case, gradient: Any, params: Tree, geometry: Geometry)
     params, _, losses = train_on(gradient, optimizer, params, {}, steps)
     rates = np.asarray([float(schedule(step)) for step in range(steps)])
     outputs = {"ft_train_losses": Reproduced(losses), "ft_train_lrs": Reproduced(rates)}
-    for name, value in to_official(params, geometry).items():
+    for name, value in official_names(params, geometry).items():
         skip = key_bias(name, value.size)
-        note = "" if skip is None else "Adam amplifies the rounding noise of the keys' bias"
-        outputs[f"ft_train_params/{name}"] = after_steps(value, rates, skip, note)
+        outputs[f"ft_train_params/{name}"] = after_steps(value, rates, skip, "" if skip is None else KEY_BIAS)
     return outputs
 
 
@@ -206,7 +166,7 @@ def replay_probe(case: Case) -> dict[str, Reproduced]:
 
     first = system.classify(params, statistics, pooled, train=True).logits
     first_gradient = jax.jit(gradient)(params, statistics)[1]["head"]["kernel"].T
-    schedule, steps = recorded_schedule(options)
+    schedule, steps = recorded_schedule(options), options["steps"]
     momentum, trust = numbers_of(options["optimizer"], r"LARS momentum ([\d.]+) trust ([\d.]+)")
     optimizer = make_optimizer("lars", schedule=schedule, momentum=momentum, trust=trust, weight_decay=options["weight_decay"])
     params, statistics, losses = train_on(gradient, optimizer, params, statistics, steps)
