@@ -12,6 +12,7 @@ import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +20,9 @@ from ml_collections import ConfigDict
 from maskae.errors import UserError, nearest
 
 SUFFIXES = ("steps", "epochs", "examples", "percent")
+
+# Groups whose keys the default config cannot know; the command line may replace one as a whole: --config.evaluate.evaluators="{'knn': {}}"
+OPEN_GROUPS = ("optimizer.arguments", "evaluate.evaluators")
 
 
 def duration(**given: float) -> dict[str, Any]:
@@ -122,10 +126,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         raise UserError(f"--config: no file {path}{nearest(str(path), [str(folder / p.name) for p in sorted(folder.glob('*.py'))])}")
-    module_spec = importlib.util.spec_from_file_location(f"maskae_config_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = load_module(path)
     variants = tuple(getattr(module, "VARIANTS", ()))
     if variant and variant not in variants:
         has = f"it has {', '.join(variants)}" if variants else "it has no variants"
@@ -135,6 +136,16 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     apply_overrides(config, overrides)
     check(config)
     return config
+
+
+def load_module(path: Path) -> ModuleType:
+    """The config file `path` as a module, also for a config that builds on another: `load_module(Path(__file__).with_name("mae.py"))`."""
+    spec = importlib.util.spec_from_file_location(f"maskae_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
@@ -160,9 +171,13 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     if not isinstance(group, ConfigDict) or name not in group:
         raise _unknown(key, key, config)
     old = group[name]
+    value = _parse(text, old)
+    if key in OPEN_GROUPS and isinstance(value, dict):
+        with config.unlocked():
+            group[name] = value
+        return
     if isinstance(old, ConfigDict):
         raise UserError(f"--config.{key} is a group; set one of its keys: {', '.join(f'{key}.{k}' for k in old)}")
-    value = _parse(text, old)
     wrong = UserError(f"--config.{key}={text}: expected {_type_name(old)}, as in {old!r}, got {_type_name(value)}")
     if old is not None and value is None and not _is_duration(name):
         raise wrong

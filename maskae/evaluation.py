@@ -128,7 +128,7 @@ class Evaluation:
             write_atomically(self.workdir / "evaluation.json", text)
 
     def finetune(self, pretrained: Path, run: Callable[[ConfigDict, Path], int]) -> None:
-        """Fine-tunes `pretrained` by the recipe `evaluate.finetune` with the ordinary loop in `<workdir>/finetune`, and keeps its accuracy."""
+        """Fine-tunes `pretrained` by the recipe `evaluate.finetune` with the ordinary loop in `<workdir>/finetune`; keeps its accuracy."""
         own = self.experiment.config
         config = config_module.load_config(own.evaluate.finetune)
         with config.unlocked():

@@ -221,7 +221,8 @@ class Experiment:
     def forward_flops(self) -> float:
         """Matrix-product FLOPs of one forward pass per example, by formula."""
         images = self.batch_shapes()["image"]
-        return self.system.forward_flops({"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)})
+        batch: Any = {"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}
+        return self.system.forward_flops(batch)
 
     def fresh_state(self) -> TrainState:
         """The initialised train state, each array where it belongs."""
@@ -236,12 +237,13 @@ class Experiment:
             return state
         started = start.start_from(self.system, Variables(state["params"], state["state"]), Path(self.config.init_from))
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
-        return jax.jit(lambda v: train_state_of(*v, self.optimizer, ema=self.keeps_ema), out_shardings=shardings)(started)
+        make = jax.jit(lambda v: train_state_of(v.params, v.state, self.optimizer, ema=self.keeps_ema), out_shardings=shardings)
+        return make(started)
 
     def load_for_evaluation(self, path: Path) -> tuple[TrainState, int]:
         """The variables of a run's newest whole checkpoint, or of a weights file, with their step."""
         state = self.fresh_state()
-        pretrained = start.read(path, state["params"])
+        pretrained = start.read(path, self.system, state["params"])
         state["params"] = start.fill(state["params"], pretrained.params, path)
         state["ema"] = {}
         if pretrained.state:
@@ -308,7 +310,7 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None) -> E
         raise UserError(f"model.num_classes={classes}, but {config.data.source} has {spec.num_classes or 'no labels'}")
     if spec.image_shape and not config.data.train_transform and spec.image_shape[:2] != (config.data.image_size,) * 2:
         height, width = spec.image_shape[:2]
-        raise UserError(f"data.image_size={config.data.image_size}, but {config.data.source} has {height} x {width} pixels and no transform")
+        raise UserError(f"data.image_size={config.data.image_size}, but {config.data.source} has {height} x {width} pixels untransformed")
     return Experiment(config, mesh, system, train_source, val_source)
 
 

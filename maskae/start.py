@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +10,11 @@ import numpy as np
 
 from maskae.checkpoint import Checkpointer
 from maskae.errors import UserError, nearest
+from maskae.interop.layout import Geometry
+from maskae.interop.weights import load_weights
 from maskae.nn.patches import patch_grid
 from maskae.paths import flatten_paths, unflatten_paths
 from maskae.systems.contract import System, Variables
-
-logger = logging.getLogger(__name__)
 
 
 class Pretrained(NamedTuple):
@@ -52,19 +51,12 @@ def read_run(folder: Path) -> Pretrained:
     return Pretrained(params, state, step, grid)
 
 
-def read_weights(path: Path, template: dict[str, Any]) -> Pretrained:
-    """The weights file `path` in our names, for parameters shaped like `template`; what does not fit is listed in the log."""
-    from maskae.interop import load_weights
-
-    params, report = load_weights(path, template)
-    for line in report.lines():
-        logger.info("weights: %s", line)
-    return Pretrained(params, {}, 0, None)
-
-
-def read(path: Path, template: dict[str, Any]) -> Pretrained:
-    """A run folder or a weights file."""
-    return read_weights(path, template) if path.is_file() else read_run(path)
+def read(path: Path, system: Any, template: dict[str, Any]) -> Pretrained:
+    """A run folder, or a weights file for parameters shaped like `template`; what of a file does not fit is listed in the log."""
+    if not path.is_file():
+        return read_run(path)
+    params, _ = load_weights(path, template, Geometry(system.patch_size, system.grid))
+    return Pretrained(params, {}, 0, system.grid)
 
 
 def start_from(system: System, fresh: Variables, path: Path) -> Variables:
@@ -74,17 +66,18 @@ def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     """
     if hasattr(system, "with_encoder"):
         template = {"encoder": fresh.state.get("encoder") or fresh.params["encoder"]}
-        pretrained = read(path, template)
+        pretrained = read(path, system, template)
         if "encoder" not in pretrained.params:
             raise UserError(f"{path} holds no encoder; it holds {', '.join(sorted(pretrained.params))}")
         started: Variables = system.with_encoder(fresh, pretrained.params["encoder"], pretrained.grid)
         return started
-    pretrained = read(path, fresh.params)
-    return Variables(fill(fresh.params, pretrained.params, path), fill(fresh.state, pretrained.state, path) if pretrained.state else fresh.state)
+    pretrained = read(path, system, fresh.params)
+    state = fill(fresh.state, pretrained.state, path) if pretrained.state else fresh.state
+    return Variables(fill(fresh.params, pretrained.params, path), state)
 
 
 def fill(wanted: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The tree `wanted` with the values of `given`, each where `wanted` has it (sharding, dtype). Raises UserError for leaves that differ."""
+    """The tree `wanted` with the values of `given`, with the dtypes and shardings of `wanted`. Raises UserError for leaves that differ."""
     have, need = flatten_paths(given), flatten_paths(wanted)
     lines = [f"{name}: not in {path}" for name in need if name not in have]
     lines += [f"{name}: only in {path}" for name in have if name not in need]

@@ -37,7 +37,7 @@ def dry_run_lines(experiment: Experiment) -> list[str]:
     facts = describe_experiment(experiment)
     state = experiment.abstract_state
     after, metrics = jax.eval_shape(experiment.train_step, state, experiment.batch_shapes())
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.leaves(jax.tree.map(lambda a, b: a.shape == b.shape, after, state))
     lines = [
         f"system      {facts['system']}, {facts['total_steps']:,} steps of {facts['batch_size']:,} examples",
         f"parameters  {facts['parameters']:,} (" + ", ".join(f"{k} {v:,}" for k, v in facts["parameters_by_part"].items()) + ")",

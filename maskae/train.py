@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 
 from maskae import config as config_module
 from maskae.checkpoint import Checkpointer
+from maskae.data.pipeline import Batch
 from maskae.errors import UserError
 from maskae.evaluation import Evaluation
 from maskae.experiment import Experiment, build, data_metadata, open_or_assume
@@ -111,6 +113,8 @@ def restore_or_start(experiment: Experiment, checkpointer: Checkpointer, workdir
     if step is None:
         if resume == "must":
             raise UserError(f"checkpoint.resume=must, but {workdir} holds no whole checkpoint")
+        if checkpointer.steps():
+            raise UserError(f"every checkpoint in {workdir} is damaged (see above); move the folder away to start afresh")
         refuse_foreign_run(experiment.config, workdir)
         logger.info("fresh start in %s", workdir)
         return experiment.start_state(), None
@@ -157,10 +161,10 @@ class Loop:
 
     def run(self, state: TrainState, metadata: dict[str, Any] | None) -> TrainState:
         """Takes the steps that are left, and returns the last state."""
-        config, start = self.experiment.config, int(state["step"])
+        start = int(state["step"])
         with ExitStack() as stack:
             self.open_monitors(stack, start, metadata)
-            write_atomically(self.workdir / "summary.json", json.dumps(describe_experiment(self.experiment) | describe_run(), indent=1))
+            write_atomically(self.workdir / "summary.json", json.dumps(self.summary(), indent=1))
             if metadata is None:
                 self.writer.scalars(0, self.evaluation.start(state, self.writer))
             self.clock.start(start)
@@ -171,15 +175,34 @@ class Loop:
                 if step >= self.total or self.stop.signal is not None:
                     break
                 with self.profiler.step(step + 1):
-                    with self.clock.waiting_for_data():
-                        batch = next(batches)
-                    state, metrics = self.experiment.train_step(state, self.experiment.put(batch))
+                    batch = self.next_batch(batches, state, step)
+                    state, metrics = self.take_step(state, batch, compiling=step == start)
                 step += 1
                 self.after_step(state, step, metrics)
             self.progress.close()
             totals = self.clock.totals() | {"bad_records": self.bad_records()}
             write_atomically(self.workdir / "totals.json", json.dumps(totals, indent=1))
         return state
+
+    def summary(self) -> dict[str, Any]:
+        """What this run is, for the report."""
+        return describe_experiment(self.experiment) | describe_run() | {"arguments": sys.argv[1:]}
+
+    def next_batch(self, batches: Iterator[Batch], state: TrainState, step: int) -> Batch:
+        """The batch of step `step` + 1. Where the data ends the run (too many broken records), what was learned is saved first."""
+        try:
+            with self.clock.waiting_for_data():
+                return next(batches)
+        except UserError:
+            self.checkpointer.save(step, state, self.metadata(evaluated=True))
+            raise
+
+    def take_step(self, state: TrainState, batch: Batch, compiling: bool) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Dispatches one step. The first one of a process compiles, which is not training time."""
+        if not compiling:
+            return self.experiment.train_step(state, self.experiment.put(batch))
+        with self.clock.pause("compile"):
+            return jax.block_until_ready(self.experiment.train_step(state, self.experiment.put(batch)))
 
     def open_monitors(self, stack: ExitStack, start: int, metadata: dict[str, Any] | None) -> None:
         """Everything that watches: writers, clock, progress bar, watchdog, profiler."""
@@ -197,8 +220,8 @@ class Loop:
         self.watchdog = Watchdog(workdir, factor=config.log.watchdog_factor) if config.log.watchdog_factor else None
         if self.watchdog is not None:
             stack.callback(self.watchdog.close)
-        pause = {"also_pause": self.watchdog.pause} if self.watchdog is not None else {}
-        self.clock = Clock(devices=jax.device_count(), total_steps=self.total, **pause)
+        pause = self.watchdog.pause if self.watchdog is not None else nullcontext
+        self.clock = Clock(devices=jax.device_count(), total_steps=self.total, also_pause=pause)
         self.late = LateMetrics(self.write_row, every_steps=config.log.every_steps, last=LAST_VALUES)
         if metadata is not None:
             self.clock.load_state_dict(metadata["clock"])

@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import pytest
+import pytest  # noqa: E402 (the lines above must run before anything imports jax)
 
 SHARED = Path(os.environ.get("MASKAE_SHARED", Path(__file__).parent.parent.parent / "shared"))
 

@@ -72,6 +72,13 @@ def test_values_arrive_with_their_types():
     assert config.data.source == "folder:/a" and config.model.patch_size == 4
 
 
+def test_an_open_group_is_replaced_as_a_whole():
+    config = load_config(f"{MAE}:tiny", ["evaluate.evaluators={'knn': {'ks': (5,)}}"])
+    assert config.evaluate.evaluators.to_dict() == {"knn": {"ks": (5,)}}
+    with pytest.raises((AttributeError, KeyError)):
+        config.evaluate.evaluators.rnak = {}
+
+
 def test_image_size_of_the_data_reaches_the_model():
     config = load_config(f"{MAE}:base", ["data.image_size=64"])
     assert config.model.image_size == 64

@@ -95,7 +95,8 @@ def train_small(devices: int, *overrides: str) -> tuple[list[float], dict]:
     config = load_config("configs/mae.py:tiny", [*SMALL, *recipe, *overrides])
     whole = build(config)
     sizes = config.mesh.to_dict()
-    experiment = Experiment(config, mesh_module.make_mesh(sizes, jax.devices()[:devices]), whole.system, whole.train_source, whole.val_source)
+    mesh = mesh_module.make_mesh(sizes, jax.devices()[:devices])
+    experiment = Experiment(config, mesh, whole.system, whole.train_source, whole.val_source)
     with jax.set_mesh(experiment.mesh):
         state, losses = experiment.fresh_state(), []
         for k in range(4):
@@ -106,7 +107,13 @@ def train_small(devices: int, *overrides: str) -> tuple[list[float], dict]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("mesh.fsdp=4",), ("mesh.fsdp=2", "mesh.tensor=2"), ("train.accumulate=2",), ("model.scan=true", "model.remat=dots", "mesh.fsdp=2")],
+    [
+        (),
+        ("mesh.fsdp=4",),
+        ("mesh.fsdp=2", "mesh.tensor=2"),
+        ("train.accumulate=2",),
+        ("model.scan=true", "model.remat=dots", "mesh.fsdp=2"),
+    ],
     ids=["data", "fsdp", "tensor", "accumulate", "scan"],
 )
 def test_eight_devices_train_as_one(reference, overrides):

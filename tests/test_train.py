@@ -175,7 +175,8 @@ def test_a_checkpoint_is_evaluated_as_during_training(whole, capsys):
 
 def test_another_run_can_start_from_this_one(whole, tmp_path):
     workdir = tmp_path / "next"
-    assert train.run(tiny_config(f"init_from={whole}", "train.total_steps=1", "optimizer.warmup_steps=0", "train.ema_decay=0.5"), workdir) == 0
+    config = tiny_config(f"init_from={whole}", "train.total_steps=1", "optimizer.warmup_steps=0", "train.ema_decay=0.5")
+    assert train.run(config, workdir) == 0
     first = stored(whole, 12)["params"]["encoder"]["patch_embed"]["kernel"]
     assert np.abs(stored(workdir, 1)["params"]["encoder"]["patch_embed"]["kernel"] - first).max() < 0.01
     assert "before training" in json.loads((workdir / "evaluation.json").read_text())["rows"]
