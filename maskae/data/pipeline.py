@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from maskae.data.contract import Source
-from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, VALID, BadRecord
+from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, NO_LABEL, VALID, BadRecord
 from maskae.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -155,7 +155,7 @@ class Pipeline:
           process_index, process_count: which of how many hosts this is.
           threads: batches made at the same time in this process (in each worker process where there are some); 0 makes them when asked.
           workers: processes; 0 uses threads only.
-          prefetch: batches made ahead.
+          prefetch: batches made ahead, at least one per thread; they are held in memory.
           shuffle: a new permutation for every epoch; False takes the records in their order.
           max_bad_percent: more broken records than this stop the run.
 
@@ -188,8 +188,7 @@ class Pipeline:
 
     def iterate(self, start: int = 0) -> BatchIterator:
         """Batches start, start + 1, ... without end, made ahead in the background. Close it, or use it in a `with`."""
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch if self._threads else 0)
-        batches = self._batches[start:].to_iter_dataset(options)
+        batches = self._batches[start:].to_iter_dataset(read_options(self._threads, self._prefetch))
         if self._workers:
             # Grain reads an absl flag here, which raises where a program has not parsed its flags (a notebook, a test).
             if not flags.FLAGS.is_parsed():
@@ -239,40 +238,63 @@ class BatchIterator(Iterator[Batch]):
         self._loaded.close()
 
 
+def read_options(threads: int, prefetch: int) -> grain.ReadOptions:
+    """Grain's options: a buffer smaller than the number of threads would leave some of them idle."""
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
+
+
 def evaluation_batches(
-    source: Source, transform: Transform, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    source: Source, transform: Transform, batch_size: int, *, process_index: int = 0, process_count: int = 1, threads: int = 2
 ) -> Iterator[Batch]:
-    """Every record once, in order; the last batch is padded with copies of row 0 of the source's first readable image.
+    """Every record once, in order, made ahead in threads; the last batch is padded with black images.
 
     Rows of broken records and of padding have `valid` False, `label` -1 and `index` -1. Every host gets the same number of batches, each
-    with batch_size / process_count rows. Raises UserError where process_count does not divide batch_size.
+    with batch_size / process_count rows. Raises UserError where process_count does not divide batch_size, or no record can be read.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size {batch_size} cannot be divided between {process_count} hosts")
     rows = batch_size // process_count
-    for start in range(0, len(source), batch_size):
-        first = start + process_index * rows
-        yield _evaluation_batch(source, transform, range(first, first + rows), process_index * rows)
+    loader = EvaluationLoader(source, transform, batch_size, process_index * rows, rows)
+    batches = iter(grain.MapDataset.range(-(-len(source) // batch_size)).map(loader).to_iter_dataset(read_options(threads, 0)))
+    try:
+        yield from batches
+    finally:
+        batches.close()
 
 
-def _evaluation_batch(source: Source, transform: Transform, wanted: range, first_row: int) -> Batch:
-    """The records of `wanted`, with invalid rows where one is broken or past the end."""
-    images: list[np.ndarray | None] = []
-    labels, indices = [], []
-    for index in wanted:
-        image, label = None, -1
-        if index < len(source):
-            try:
-                record = source[index]
-                image, label = transform(record[IMAGE], generator(0, index, "evaluation")), record[LABEL]
-            except BadRecord as error:
-                logging.warning("broken record left out of the evaluation: %s: %s", source.name(index), error)
-        images.append(image)
-        labels.append(label if image is not None else -1)
-        indices.append(index if image is not None else -1)
-    filler = _blank(source, transform, images)
-    batch = collate([filler if image is None else image for image in images], labels, indices, first_row)
-    return {**batch, VALID: np.asarray([image is not None for image in images])}
+@dataclass(frozen=True)
+class EvaluationLoader:
+    """Makes this host's rows of evaluation batch k, with invalid rows where a record is broken or past the end."""
+
+    source: Source
+    transform: Transform
+    batch_size: int
+    first_row: int
+    rows: int
+
+    def __call__(self, k: int) -> Batch:
+        first = k * self.batch_size + self.first_row
+        images: list[np.ndarray | None] = []
+        labels, indices = [], []
+        for index in range(first, first + self.rows):
+            image, label = self._read(index)
+            images.append(image)
+            labels.append(label)
+            indices.append(-1 if image is None else index)
+        filler = _blank(self.source, self.transform, images)
+        batch = collate([filler if image is None else image for image in images], labels, indices, self.first_row)
+        return {**batch, VALID: np.asarray([image is not None for image in images])}
+
+    def _read(self, index: int) -> tuple[np.ndarray | None, int]:
+        """(image, label) of a record; (None, -1) where it is broken or past the end."""
+        if index >= len(self.source):
+            return None, NO_LABEL
+        try:
+            record = self.source[index]
+            return self.transform(record[IMAGE], generator(0, index, "evaluation")), record[LABEL]
+        except BadRecord as error:
+            logging.warning("broken record left out of the evaluation: %s: %s", self.source.name(index), error)
+            return None, NO_LABEL
 
 
 def _blank(source: Source, transform: Transform, images: list[np.ndarray | None]) -> np.ndarray:

@@ -246,18 +246,6 @@ def make_step(name: str, arguments: Mapping[str, Any]) -> Any:
     return step
 
 
-def make_transform(steps: Sequence[tuple[str, Mapping[str, Any]]], channels: int | None = None, size: int | None = None) -> Transform:
-    """The transform of (name, arguments) pairs.
-
-    Args:
-      steps: names of `STEPS` with the arguments of their dataclasses.
-      channels: as in `Transform`.
-      size: pixels per side for the crops that do not give their own.
-
-    Raises UserError as `make_step` does.
-    """
-    made = []
-    for name, arguments in steps:
-        sized = size is not None and name in STEPS and any(f.name == "size" for f in dataclasses.fields(STEPS[name]))
-        made.append(make_step(name, {"size": size, **arguments} if sized else arguments))
-    return Transform(tuple(made), channels)
+def make_transform(steps: Sequence[tuple[str, Mapping[str, Any]]], channels: int | None = None) -> Transform:
+    """The transform of (name, arguments) pairs; `channels` as in `Transform`. Raises UserError as `make_step` does."""
+    return Transform(tuple(make_step(name, arguments) for name, arguments in steps), channels)

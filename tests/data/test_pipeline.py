@@ -149,9 +149,14 @@ def test_evaluation_sees_every_record_once_and_pads() -> None:
     indices = np.concatenate([batch[INDEX] for batch in batches])
     assert sorted(indices[valid].tolist()) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert set(indices[~valid].tolist()) == {-1}
-    halves = [list(evaluation_batches(source, make_transform(()), 4, process_index=h, process_count=2)) for h in (0, 1)]
+    halves = [list(evaluation_batches(source, make_transform(()), 4, process_index=h, process_count=2, threads=h)) for h in (0, 1)]
     for first, second, whole in zip(*halves, batches, strict=True):
         assert_equal({name: np.concatenate([first[name], second[name]]) for name in whole}, whole)
+
+
+def test_evaluation_without_one_readable_record_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="not one record can be read"):
+        next(evaluation_batches(FaultySource(tuple(range(4)), count=4), make_transform(()), 4))
 
 
 def test_digits_have_the_documented_split_and_statistics() -> None:

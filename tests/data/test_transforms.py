@@ -158,11 +158,6 @@ def test_no_steps_decode_the_file() -> None:
     np.testing.assert_array_equal(make_transform(())(encode(image, "PNG"), generator()), image)
 
 
-def test_the_size_is_given_to_crops_that_have_none() -> None:
-    transform = make_transform((("random_resized_crop", {}), ("flip", {}), ("resize", {"size": 6})), size=12)
-    assert [getattr(step, "size", None) for step in transform.steps] == [12, None, 6]
-
-
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
