@@ -98,7 +98,7 @@ def test_entries_equal_a_slow_loop() -> None:
     train, val = spotted(0), spotted(1, rows=70)
     arguments = {
         "learning_rates": (3e-3, 3e-2),
-        "weight_decays": (0.5,),
+        "weight_decays": (0.0, 8.0),
         "epochs": 2,
         "batch_size": 40,
         "held_out_percent": 20.0,

@@ -130,6 +130,11 @@ def test_a_diverged_entry_cannot_win(noisy: tuple[Features, Features]) -> None:
     assert select([diverged, sound]) is sound
 
 
+def test_the_best_on_held_out_rows_is_selected_whatever_it_does_on_validation_rows() -> None:
+    entries = [Entry("pooled", held_out, 0.0, held_out, 1.0, top1, None) for held_out, top1 in ((0.7, 0.9), (0.8, 0.6), (0.75, 0.99))]
+    assert select(entries).held_out_top1 == 0.8
+
+
 def test_ties_go_to_the_lower_finite_loss() -> None:
     entries = [Entry("pooled", rate, 0.0, 0.9, loss, 0.5, None) for rate, loss in ((1.0, np.nan), (2.0, 0.7), (3.0, 0.2), (4.0, np.inf))]
     assert select(entries).learning_rate == 3.0
