@@ -68,13 +68,19 @@ def replay_forward(case: Case, system: Mae, params: Any) -> dict[str, Reproduced
     """Tokens, masks, blocks, prediction, both losses, targets."""
     images, noise = images_of(case), jnp.asarray(case.inputs["noise"])
     other = dataclasses.replace(system, norm_pix_loss=not system.norm_pix_loss)
-    named = jax.jit(lambda p: system.forward(p, images, noise, collect=True))(params)
-    found = {name: Reproduced(named[name]) for name in ("embedded", "x_masked", "latent", "decoder_in", "pred")}
+
+    @jax.jit
+    def forward(params: Any) -> dict[str, Any]:
+        losses = {"loss": system.loss_given_noise(params, images, noise)[0]}
+        losses |= {"loss_other_norm_pix": other.loss_given_noise(params, images, noise)[0]}
+        return system.forward(params, images, noise, collect=True) | losses
+
+    named = forward(params)
+    near = ("embedded", "x_masked", "latent", "decoder_in", "pred", "loss", "loss_other_norm_pix")
+    found = {name: Reproduced(named[name]) for name in near}
     found |= {name: exact(named[name]) for name in ("mask", "ids_restore", "ids_keep")}
     found |= {f"block{i}": Reproduced(x) for i, x in enumerate(named["encoder_blocks"])}
     found |= {f"decoder_block{i}": Reproduced(x) for i, x in enumerate(named["decoder_blocks"])}
-    found |= {"loss": Reproduced(system.loss_given_noise(params, images, noise)[0])}
-    found |= {"loss_other_norm_pix": Reproduced(other.loss_given_noise(params, images, noise)[0])}
     patches = patchify(images, system.patch_size)
     for name in case.outputs:
         if first := re.fullmatch(r"(patchify|norm_target)_first(\d+)", name):

@@ -50,7 +50,7 @@ def convert_torch_file(source: str | Path, destination: str | Path) -> list[str]
         if isinstance(value, torch.Tensor):
             value = value.detach()
             value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-            tensors[name] = np.ascontiguousarray(value.numpy())
+            tensors[name] = np.asarray(value.numpy(), order="C")
     if not tensors:
         raise UserError(f"{source} holds no tensors at its top level or under {', '.join(STATE_KEYS)}")
     save_file(tensors, destination, metadata={"source": source.name})

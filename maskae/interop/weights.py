@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,6 +16,8 @@ from maskae.errors import UserError, nearest
 from maskae.interop.layout import Flat, Geometry, Layout, LoadReport, from_foreign, to_foreign
 from maskae.interop.vit import LAYOUTS
 from maskae.paths import flatten_paths, unflatten_paths
+
+logger = logging.getLogger(__name__)
 
 
 def read_tensors(path: str | Path) -> tuple[Flat, dict[str, str]]:
@@ -78,7 +80,7 @@ def load_weights(path: str | Path, params: Any, geometry: Geometry, layout: str 
         reasons = report.mismatched or [f"its first tensors are {', '.join(list(tensors)[:3])}"]
         raise UserError(f"nothing in {path} fits the model in any known layout ({', '.join(LAYOUTS)}): {'; '.join(reasons[:3])}")
     for line in report.lines():
-        logging.info("%s: %s", path, line)
+        logger.info("%s: %s", path, line)
     return unflatten_paths(loaded), report
 
 
@@ -111,9 +113,10 @@ def export_weights(
         raise UserError(f"the {layout} layout has no name for any of these parameters, such as {unnamed[0] if unnamed else '(none)'}")
     about = {"layout": layout, "patch_size": str(geometry.patch_size), "grid": f"{geometry.grid[0]}x{geometry.grid[1]}"}
     partial = path.with_name(path.name + ".partial")
-    # safetensors writes the memory as it lies: a transposed view would be stored in the wrong order.
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata=about | (metadata or {}))
+    # safetensors writes the memory as it lies: a transposed view would be stored in the wrong order. (`ascontiguousarray` would make
+    # vectors of scalars.)
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, partial, metadata=about | (metadata or {}))
     os.replace(partial, path)
     for name in unnamed:
-        logging.info("%s: the %s layout has no name for %s; left out", path, layout, name)
+        logger.info("%s: the %s layout has no name for %s; left out", path, layout, name)
     return unnamed

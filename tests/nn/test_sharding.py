@@ -45,5 +45,6 @@ def test_what_does_not_divide_stays_whole() -> None:
 
 
 def test_inside_shard_map_nothing_happens() -> None:
-    split = jax.shard_map(lambda x: constrain(x, "batch") * 2, mesh=mesh(data=8), in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    rows = PartitionSpec("data")
+    split = jax.shard_map(lambda x: constrain(x, "batch") * 2, mesh=mesh(data=8), in_specs=rows, out_specs=rows)
     np.testing.assert_array_equal(jax.jit(split)(jnp.arange(8.0)), 2 * jnp.arange(8.0))
