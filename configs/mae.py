@@ -50,6 +50,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     }
     config.data.source = "tfds:imagenet2012"
     config.data.examples = 1_281_167
+    config.data.statistics = "imagenet"
     config.train.batch_size = 4096
     set_duration(config.train, total_epochs=1600.0)
     config.optimizer.base_learning_rate = 1.5e-4

@@ -57,6 +57,8 @@ def default_config() -> ConfigDict:
             "split_seed": 0,
             "max_examples": 0,  # use only so many training records; 0: all
             "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
+            "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet (the papers')
+            "cache": "none",  # none | ram: keep what was read of each record in memory
             "image_size": 224,  # pixels per side after the transform
             "channels": 3,
             "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out
@@ -107,9 +109,9 @@ def default_config() -> ConfigDict:
             **duration(every_percent=100.0),
             "batch_size": 256,
             "max_examples": 0,  # of each split; 0: all
+            "seed": 0,  # of the probes' draws; apart from the run's, so that runs with other seeds are probed alike
             "evaluators": {},  # name -> arguments, see maskae.evaluate.EVALUATORS
             "baselines": True,  # evaluate the untrained encoder and raw pixels too, once
-            "pool": "pooled",  # the feature that probes see: pooled | cls
             "panels": 8,  # images in the reconstruction panel; 0: none
             "finetune": "",  # a config file to fine-tune with at the end, e.g. configs/mae_finetune.py:tiny
         },
@@ -258,10 +260,10 @@ def check(config: ConfigDict) -> None:
             if len(set_keys) != 1:
                 what = " and ".join(set_keys) if set_keys else f"none of {group}.{stem}_{{{','.join(SUFFIXES)}}}"
                 raise UserError(f"{what}: a duration has exactly one suffix")
-    for key, value, allowed in (("checkpoint.resume", config.checkpoint.resume, ("auto", "must", "never")),
-                                ("evaluate.pool", config.evaluate.pool, ("pooled", "cls"))):
-        if value not in allowed:
-            raise UserError(f"{key}={value}: one of {', '.join(allowed)}{nearest(value, allowed)}")
+    modes = ("auto", "must", "never")
+    if config.checkpoint.resume not in modes:
+        value = config.checkpoint.resume
+        raise UserError(f"checkpoint.resume={value}: one of {', '.join(modes)}{nearest(value, modes)}")
     for key, value in (("train.batch_size", config.train.batch_size), ("train.accumulate", config.train.accumulate),
                        ("log.every_steps", config.log.every_steps), ("data.image_size", config.data.image_size)):
         if value < 1:

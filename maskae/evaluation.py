@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from maskae import config as config_module
 from maskae import evaluate
-from maskae.data.pipeline import Batch
 from maskae.errors import UserError
 from maskae.experiment import Experiment
 from maskae.monitor import Writer
@@ -91,18 +90,15 @@ class Evaluation:
             return {}
         keys = evaluate.needed_keys(self.evaluators)
         train, val = (self.extract(variables_of(state), split, keys) for split in ("train", "val"))
-        return evaluate.run(self.evaluators, train, val, self.experiment.config.seed)
+        return evaluate.run(self.evaluators, train, val, self.experiment.config.evaluate.seed)
 
     def raw_pixels(self) -> dict[str, float]:
         """The evaluators that need one vector per image, on the pixels themselves."""
         chosen = {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.keys == ("pooled",)}
         if not chosen:
             return {}
-        train, val = (evaluate.raw_pixels(self._real_rows(split)) for split in ("train", "val"))
-        return evaluate.run(chosen, train, val, self.experiment.config.seed)
-
-    def _real_rows(self, split: str) -> Iterator[Batch]:
-        return self.experiment.evaluation_batches(split)
+        train, val = (evaluate.raw_pixels(self.batches(split)) for split in ("train", "val"))
+        return evaluate.run(chosen, train, val, self.experiment.config.evaluate.seed)
 
     def draw(self, state: TrainState, step: int, writer: Writer) -> None:
         """The reconstruction panel of the first validation images, for systems that reconstruct."""
@@ -133,7 +129,7 @@ class Evaluation:
         config = config_module.load_config(own.evaluate.finetune)
         with config.unlocked():
             config.init_from = str(pretrained)
-            for key in ("source", "root", "val_percent", "split_seed", "max_examples", "image_size", "channels"):
+            for key in ("source", "root", "val_percent", "split_seed", "max_examples", "statistics", "cache", "image_size", "channels"):
                 config.data[key] = own.data[key]
             for key in ("patch_size", "width", "depth", "heads"):
                 config.model[key] = own.model[key]

@@ -254,11 +254,21 @@ class Experiment:
 def open_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the validation records. Raises UserError for a source that is not there."""
     data = config.data
-    options = {"root": data.root or None, "val_percent": data.val_percent, "split_seed": data.split_seed, "channels": data.channels}
-    return (
-        open_source(data.source, "train", max_examples=data.max_examples or None, **options),
-        open_source(data.source, "val", **options),
-    )
+
+    def opened(split: str, max_examples: int | None) -> Source:
+        return open_source(
+            data.source,
+            split,
+            root=data.root or None,
+            val_percent=data.val_percent,
+            split_seed=data.split_seed,
+            channels=data.channels,
+            statistics=data.statistics,
+            max_examples=max_examples,
+            cache=data.cache,
+        )
+
+    return opened("train", data.max_examples or None), opened("val", None)
 
 
 @dataclass(frozen=True)
