@@ -40,9 +40,20 @@ class Case:
         parts = [read_tensors(folder / f"{part}.safetensors")[0] for part in ("weights", "inputs", "outputs")]
         return Case(folder, record, *parts)
 
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Every output that the record lists, in its order, with what it says about it, if anything.
+
+        Records list them in two ways under two names.
+        """
+        tensors = self.record["tensors"]
+        listed = tensors["outputs" if "outputs" in tensors else "outputs.safetensors"]
+        pairs = listed.items() if isinstance(listed, dict) else [(each["name"], each) for each in listed]
+        return {name: each["meaning"] if "meaning" in each else "" for name, each in pairs}
+
     def meaning(self, name: str) -> str:
-        """What the record says about an output."""
-        return next((each["meaning"] for each in self.record["tensors"]["outputs.safetensors"] if each["name"] == name), "")
+        """What the record says about an output; "" where it does not list it."""
+        return self.meanings[name] if name in self.meanings else ""
 
     def wants(self, *prefixes: str) -> bool:
         """Whether any recorded output's name begins with one of these."""

@@ -55,7 +55,7 @@ def test_unknown_systems_are_named() -> None:
 
 
 def tiny_case(folder: Path, outputs: dict[str, np.ndarray], listed: list[str]) -> Case:
-    record = {"system": "mae", "case": "t", "repository": "r", "commit": "c"}
+    record: dict = {"system": "mae", "case": "t"}
     record |= {"tensors": {"outputs.safetensors": [{"name": name, "meaning": f"about {name}"} for name in listed]}}
     (folder / "case.json").write_text(json.dumps(record))
     for part in ("weights", "inputs"):
@@ -65,7 +65,7 @@ def tiny_case(folder: Path, outputs: dict[str, np.ndarray], listed: list[str]) -
 
 
 def test_every_recorded_and_every_listed_tensor_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = tiny_case(tmp_path, {"good": RECORDED, "bad": RECORDED, "extra": RECORDED}, ["good", "bad", "absent"])
+    case = tiny_case(tmp_path, {"good": RECORDED, "bad": RECORDED, "extra": RECORDED}, ["good", "bad", "absent", "family/<name>"])
     replayed = {"good": Reproduced(RECORDED), "bad": Reproduced(-RECORDED)}
     monkeypatch.setattr("maskae.interop.parity.replay_of", lambda system: lambda case: replayed)
     rows = compare_case(case)
@@ -75,6 +75,13 @@ def test_every_recorded_and_every_listed_tensor_has_a_row(tmp_path: Path, monkey
     assert case.meaning("bad") == "about bad"
     assert case.wants("go")
     assert not case.wants("zz")
+
+
+def test_every_recorded_case_can_be_read(shared: Path) -> None:
+    for folder in sorted((shared / "goldens").glob("*/a")):
+        case = Case.read(folder)
+        assert {name for name in case.meanings if "<" not in name} <= set(case.outputs), folder
+        assert any(case.meanings.values()), folder
 
 
 def test_folders_without_a_case_are_refused(tmp_path: Path) -> None:
