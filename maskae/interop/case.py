@@ -49,11 +49,11 @@ class Case:
         tensors = self.record["tensors"]
         listed = tensors["outputs" if "outputs" in tensors else "outputs.safetensors"]
         pairs = listed.items() if isinstance(listed, dict) else [(each["name"], each) for each in listed]
-        return {name: each["meaning"] if "meaning" in each else "" for name, each in pairs}
+        return {name: each.get("meaning", "") for name, each in pairs}
 
     def meaning(self, name: str) -> str:
         """What the record says about an output; "" where it does not list it."""
-        return self.meanings[name] if name in self.meanings else ""
+        return self.meanings.get(name, "")
 
     def wants(self, *prefixes: str) -> bool:
         """Whether any recorded output's name begins with one of these."""
