@@ -19,6 +19,7 @@ Dtype = Any
 
 xavier: Initializer = nn.initializers.xavier_uniform()
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+DTYPES = ("float32", "bfloat16", "float16")
 QKV_BIASES = ("all", "query_value", "none")
 
 

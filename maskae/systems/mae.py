@@ -16,8 +16,10 @@ from maskae.errors import UserError, nearest
 from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
 from maskae.masking import block_noise, draw_noise, grid_noise, keep_count, random_mask, take_tokens
 from maskae.nn.flops import block_flops, linear_flops
+from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES
 from maskae.nn.patches import patch_grid, patchify, unpatchify
 from maskae.nn.sharding import constrain
+from maskae.nn.stack import REMAT_POLICIES
 from maskae.nn.vit import MaeDecoder, ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 
@@ -64,8 +66,9 @@ class Mae:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
-        for name, value, known in (("masker", self.masker, MASKERS), ("pool", self.pool, POOLS)):
-            if value not in known:
+        choices = {"masker": MASKERS, "pool": POOLS, "dtype": DTYPES, "remat": REMAT_POLICIES, "attention": ATTENTION_IMPLEMENTATIONS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
                 raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
         for part, width, heads in (("width", self.width, self.heads), ("decoder_width", self.decoder_width, self.decoder_heads)):
             if width % heads:

@@ -197,6 +197,8 @@ def test_panels_are_what_their_labels_say(norm_pix_loss: bool) -> None:
     [
         ({"pool": "meen"}, "unknown pool 'meen' \\(did you mean 'mean'"),
         ({"masker": "randm"}, "unknown masker 'randm' \\(did you mean 'random'"),
+        ({"dtype": "bfloat"}, "unknown dtype 'bfloat' \\(did you mean 'bfloat16'"),
+        ({"remat": "al"}, "unknown remat 'al'; there are none, dots, full, offload"),
         ({"heads": 3}, "width=16 is not a multiple of its 3 heads"),
         ({"decoder_heads": 3}, "decoder_width=8 is not a multiple of its 3 heads"),
         ({"image_size": 18}, "patch size 4 does not divide an image of 18 x 18"),
