@@ -19,11 +19,12 @@ from maskae.experiment import Experiment
 from maskae.monitor import Writer
 from maskae.monitor.tables import write_atomically
 from maskae.panels import TITLES, panel_sheet
+from maskae.run_folder import read_json
 from maskae.step import TrainState, purpose_key
 
 logger = logging.getLogger(__name__)
 
-TRAINED, UNTRAINED, RAW = "pretrained", "untrained", "raw pixels"
+PRETRAINED, TRAINED, UNTRAINED, RAW = "pretrained", "trained", "untrained", "raw pixels"
 Results = dict[str, dict[str, float]]
 
 
@@ -36,8 +37,9 @@ class Evaluation:
         self.evaluators = evaluate.make_evaluators(experiment.config.evaluate.evaluators.to_dict())
         self.features = jax.jit(self._features)
         self.panels = jax.jit(self._panels)
-        self.rows: Results = read_rows(workdir)
-        self.step = 0
+        self.step, self.rows = read_results(workdir)
+        # What a classifier shows is what its labels taught it.
+        self.own_row = TRAINED if hasattr(experiment.system, "num_classes") else PRETRAINED
 
     def _features(self, variables: tuple[Any, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return self.experiment.system.features(*variables, self.experiment.prepare_evaluation(batch))
@@ -56,7 +58,7 @@ class Evaluation:
 
     def start(self, state: TrainState, writer: Writer) -> dict[str, float]:
         """Before the first step: the baselines, which also shows that evaluation works before hours of training depend on it."""
-        self.rows = {}
+        self.step, self.rows = 0, {}
         config = self.experiment.config
         if config.evaluate.baselines:
             self.rows[RAW] = self.raw_pixels()
@@ -74,11 +76,12 @@ class Evaluation:
 
     def run(self, state: TrainState, step: int, writer: Writer) -> dict[str, float]:
         """Evaluates the state of `step`, keeps its row and panels, and returns the columns for the metric files."""
-        self.step = step
-        self.rows[TRAINED] = self.metrics(state)
+        metrics = self.metrics(state)
+        earlier = self.rows.get(self.own_row, {}) if self.step == step else {}
+        self.step, self.rows[self.own_row] = step, earlier | metrics
         self.draw(state, step, writer)
         self.save()
-        return self._columns(self.rows[TRAINED])
+        return self._columns(metrics)
 
     @staticmethod
     def _columns(metrics: dict[str, float]) -> dict[str, float]:
@@ -137,10 +140,10 @@ class Evaluation:
         folder = (self.workdir or pretrained.parent) / "finetune"
         if run(config, folder):
             return
-        result = read_rows(folder).get(TRAINED)
+        result = read_results(folder)[1].get(TRAINED)
         if result is None:
             raise UserError(f"{own.evaluate.finetune} has no evaluator, so {folder} gives no accuracy")
-        self.rows.setdefault(TRAINED, {}).update({f"finetune_{name}": value for name, value in result.items()})
+        self.rows.setdefault(self.own_row, {}).update({f"finetune_{name}": value for name, value in result.items()})
         self.save()
 
     def table(self) -> list[str]:
@@ -153,10 +156,10 @@ def variables_of(state: TrainState) -> tuple[Any, Any]:
     return state["ema"] or state["params"], state["state"]
 
 
-def read_rows(workdir: Path | None) -> Results:
-    """The rows of `<workdir>/evaluation.json`, or none."""
-    path = workdir / "evaluation.json" if workdir is not None else None
-    return json.loads(path.read_text())["rows"] if path is not None and path.exists() else {}
+def read_results(workdir: Path | None) -> tuple[int, Results]:
+    """The step and the rows of `<workdir>/evaluation.json`; 0 and none where there is no such file."""
+    stored = read_json(workdir / "evaluation.json") if workdir is not None else {}
+    return stored.get("step", 0), stored.get("rows", {})
 
 
 def table_lines(rows: Results) -> list[str]:
@@ -164,7 +167,7 @@ def table_lines(rows: Results) -> list[str]:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     if not names:
         return []
-    order = [name for name in (TRAINED, *rows) if name in rows]
+    order = [name for name in (PRETRAINED, TRAINED, *rows) if name in rows]
     columns = list(dict.fromkeys(order))
     width = max(len(name) for name in names)
     lines = [" " * width + "".join(f"  {column:>15s}" for column in columns)]

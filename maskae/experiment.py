@@ -224,6 +224,14 @@ class Experiment:
         batch: Any = {"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}
         return self.system.forward_flops(batch)
 
+    @property
+    def train_flops(self) -> float:
+        """The same of one training step: three times the forward pass, or what a system with a frozen part says."""
+        images = self.batch_shapes()["image"]
+        batch: Any = {"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}
+        own = getattr(self.system, "train_flops", None)
+        return own(batch) if own is not None else 3 * self.forward_flops
+
     def fresh_state(self) -> TrainState:
         """The initialised train state, each array where it belongs."""
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
@@ -234,6 +242,8 @@ class Experiment:
         """The train state at step 0: fresh, or with the variables of `init_from`."""
         state = self.fresh_state()
         if not self.config.init_from:
+            if hasattr(self.system, "with_encoder"):
+                logger.warning("init_from is empty: %s starts from an untrained encoder", self.config.system)
             return state
         started = start.start_from(self.system, Variables(state["params"], state["state"]), Path(self.config.init_from))
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)

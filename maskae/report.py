@@ -30,6 +30,8 @@ CHOICE_WORDS = ("learning_rate", "weight_decay", "penalty", "grid/")
 FIRST_CURVES = ("loss", "machine/examples_per_second", "learning_rate", "gradient_norm")
 MACHINE_CURVES = ("machine/examples_per_second", "machine/data_wait_share", "machine/mfu")
 MOST_CURVES = 24
+# The rows of the run itself; the others are what it is compared with.
+OWN_ROWS = ("pretrained", "trained")
 MOST_BAD_RECORDS = 50
 
 
@@ -171,7 +173,7 @@ def _charts(run: RunRecord) -> list[Chart]:
         if name not in FIRST_CURVES and min(values) == max(values) and len(values) > 1:
             continue  # a count of mishaps that stayed at zero
         metric = name.removeprefix("evaluate/")
-        levels = {kind: row[metric] for kind, row in run.results.items() if metric in row and kind != "pretrained"}
+        levels = {kind: row[metric] for kind, row in run.results.items() if metric in row and kind not in OWN_ROWS}
         lines = {"trivial prediction": run.curves[f"trivial_{name}"]} if f"trivial_{name}" in beside else {}
         lines["this run"] = run.curves[name]
         charts.append(Chart(_words(name.removeprefix("machine/")), lines, levels if _is_score(name) else {}))
@@ -257,7 +259,7 @@ def _devices(run: RunRecord) -> str:
 
 def _ordered(run: RunRecord) -> list[str]:
     """The kinds of features that have numbers, the trained one first."""
-    return sorted((kind for kind, metrics in run.results.items() if metrics), key=lambda kind: kind != "pretrained")
+    return sorted((kind for kind, metrics in run.results.items() if metrics), key=lambda kind: kind not in OWN_ROWS)
 
 
 def _is_score(name: str) -> bool:

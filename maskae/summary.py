@@ -21,7 +21,7 @@ def describe_experiment(experiment: Experiment) -> dict[str, Any]:
         "parameters": parameter_count(state["params"]),
         "parameters_by_part": parts,
         "forward_flops_per_example": experiment.forward_flops,
-        "train_flops_per_example": 3 * experiment.forward_flops,
+        "train_flops_per_example": experiment.train_flops,
         "batch_size": experiment.config.train.batch_size,
         "total_steps": experiment.total_steps,
         "data": spec.name,

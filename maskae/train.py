@@ -287,7 +287,7 @@ class Loop:
 
     def write_row(self, step: int, means: dict[str, float]) -> None:
         """One row of the metric files, with what the machine did in the interval."""
-        self.writer.scalars(step, means | machine_columns(self.clock, self.experiment.forward_flops, jax.devices()))
+        self.writer.scalars(step, means | machine_columns(self.clock, self.experiment.train_flops / 3, jax.devices()))
 
     def metadata(self, evaluated: bool) -> dict[str, Any]:
         """What a checkpoint says about itself. `evaluated`: nothing that is due at its step is still to be done."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from maskae import train
 from maskae.checkpoint import Checkpointer
@@ -30,16 +31,14 @@ SMALL = (
     "checkpoint.keep_last=10",
     "evaluate.every_steps=6",
     "evaluate.batch_size=512",
+    "evaluate.evaluators={'knn': {}, 'rank': {}}",
     "log.every_steps=5",
     "log.tensorboard=false",
 )
 
 
-def tiny_config(*overrides: str):
-    config = load_config("configs/mae.py:tiny", [*SMALL, *overrides])
-    with config.unlocked():
-        config.evaluate.evaluators = {"knn": {}, "rank": {}}
-    return config
+def tiny_config(*overrides: str) -> ConfigDict:
+    return load_config("configs/mae.py:tiny", [*SMALL, *overrides])
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:
@@ -171,6 +170,29 @@ def test_a_checkpoint_is_evaluated_as_during_training(whole, capsys):
     train.evaluate_run(tiny_config(), whole)
     assert f"{expected['effective_rank']:.4f}" in capsys.readouterr().out
     assert json.loads((whole / "evaluation.json").read_text())["rows"]["pretrained"] == expected
+
+
+def test_a_later_evaluation_adds_to_the_numbers_of_the_same_step(whole, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "again"
+    shutil.copytree(whole, workdir)
+    config = tiny_config("evaluate.evaluators={'ridge': {}}")
+    train.evaluate_run(config, workdir)
+    row = json.loads((workdir / "evaluation.json").read_text())["rows"]["pretrained"]
+    assert {"ridge_top1", "effective_rank", "knn_top1_k10"} <= set(row)
+
+
+def test_fine_tuning_by_the_same_loop_adds_its_accuracy(whole, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "tuned"
+    shutil.copytree(whole, workdir)
+    config = tiny_config("evaluate.finetune=configs/mae_finetune.py:tiny")
+    train.evaluate_run(config, workdir)
+    row = json.loads((workdir / "evaluation.json").read_text())["rows"]["pretrained"]
+    assert row["finetune_top1"] > 0.8
+    assert (workdir / "finetune" / "report.html").exists()
 
 
 def test_another_run_can_start_from_this_one(whole, tmp_path):

@@ -30,7 +30,8 @@ class System(Protocol):
     """A frozen dataclass of plain arguments. `batch["image"]` arrives float32 [B, H, W, C], normalised; `batch["example"]` int32 [B].
 
     Optional methods, looked up by name: `reconstruct(params, state, batch, rng)` -> panels to look at, each float32 [B, H, W, C] in
-    normalised units, and `begin(variables, dataset)` -> variables, on the host, at the start of a stage.
+    normalised units, and `begin(variables, dataset)` -> variables, on the host, at the start of a stage,
+    `train_flops(batch)` where a training step is not three forward passes (a frozen part).
     """
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:

@@ -153,6 +153,10 @@ class LinearProbe:
         named = self.encode(state, batch["image"])
         return named | {"logits": self.classify(params, state["batch_norm"], named["pooled"], train=False).logits}
 
+    def train_flops(self, batch: Batch) -> float:
+        """A training step goes back through the head only."""
+        return self.forward_flops(batch) + 2 * linear_flops(1, self.width, self.num_classes)
+
     def forward_flops(self, batch: Batch) -> float:
         """Patch projection, blocks on 1 + N tokens, head."""
         rows, columns = patch_grid(batch["image"].shape[1], batch["image"].shape[2], self.patch_size)
