@@ -307,6 +307,11 @@ def open_or_assume(config: ConfigDict) -> tuple[Source, Source]:
         if not config.data.examples:
             raise
         logger.info("%s; going on with data.examples=%d as the recipe says", error, config.data.examples)
+    return assumed_sources(config)
+
+
+def assumed_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """Stand-ins for the recipe's data, `data.examples` records that cannot be read."""
     channels = config.data.channels
     classes = config.model.num_classes if "num_classes" in config.model else None
     counts = {"train": config.data.examples}
@@ -315,9 +320,13 @@ def open_or_assume(config: ConfigDict) -> tuple[Source, Source]:
     return source, source
 
 
-def build(config: ConfigDict, sources: tuple[Source, Source] | None = None) -> Experiment:
-    """Checks the config against data and devices and builds the pieces. Raises UserError."""
-    mesh = mesh_module.make_mesh(config.mesh.to_dict())
+def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh: Mesh | None = None) -> Experiment:
+    """Checks the config against data and devices and builds the pieces. Raises UserError.
+
+    `sources` are opened and `mesh` is made of this run's devices where they are not given.
+    """
+    if mesh is None:
+        mesh = mesh_module.make_mesh(config.mesh.to_dict())
     mesh_module.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     mesh_module.check_batch(config.evaluate.batch_size, 1, mesh)
     system = build_from(SYSTEMS, config.system, config.model.to_dict(), "system")
