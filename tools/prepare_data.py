@@ -31,8 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskae.data.contract import SPLITS, Source
-from maskae.data.images import Picture, resize
+from maskae.data.images import Picture
 from maskae.data.records import SPEC_FILE, RecordWriter
+from maskae.data.resizing import resize
 from maskae.data.sources import open_source
 from maskae.data.spec import IMAGE, LABEL, BadRecord, DataSpec, split_hash
 from maskae.errors import UserError

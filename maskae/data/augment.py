@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from maskae.data.images import interpolation_filter
+from maskae.data.resizing import interpolation_filter
 from maskae.errors import UserError, nearest
 
 MAX_MAGNITUDE = 10.0

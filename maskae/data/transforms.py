@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from maskae.data import augment, crops
-from maskae.data.images import Box, Picture, interpolation_filter
+from maskae.data.images import Box, Picture
+from maskae.data.resizing import interpolation_filter
 from maskae.errors import UserError, nearest
 
 Pair = tuple[float, float]

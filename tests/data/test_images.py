@@ -9,7 +9,6 @@ import pytest
 from pictures import encode, smooth_image
 from PIL import Image, ImageOps
 
-from maskae.data import images
 from maskae.data.images import Box, Picture
 from maskae.data.spec import BadRecord
 from maskae.errors import UserError
@@ -80,7 +79,7 @@ def test_a_crop_decoded_small_equals_one_decoded_whole(box: Box, side: int, chan
     shrinks = []
     whole = Picture(picture.read(), channels).crop(box, side, side)
     read = picture.read
-    picture.read = lambda shrink=1: shrinks.append(shrink) or read(shrink)  # type: ignore[method-assign,func-returns-value]
+    picture.read = lambda shrink=1, bottom=None: shrinks.append(shrink) or read(shrink, bottom)  # type: ignore[method-assign,func-returns-value]
     small = picture.crop(box, side, side)
     assert shrinks == [min(s for s in (8, 4, 2, 1) if min(box.height, box.width) / side >= s and s * 2 > min(box.height, box.width) / side)]
     assert small.shape == (side, side, channels)
@@ -100,13 +99,8 @@ def test_a_crop_does_not_look_beyond_its_box() -> None:
     np.testing.assert_array_equal(Picture(image, 3).crop(Box(10, 10, 10, 10), 23, 17), np.full((23, 17, 3), 200))
 
 
-def test_resizing_equals_pil_for_any_number_of_channels() -> None:
-    image = smooth_image(31, 37)
-    wanted = np.asarray(Image.fromarray(image).resize((16, 12), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(images.resize(image, 12, 16), wanted)
-    np.testing.assert_array_equal(images.resize(np.concatenate([image, image], -1), 12, 16), np.concatenate([wanted, wanted], -1))
-
-
-def test_unknown_interpolation_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"unknown interpolation 'bicubik' \(did you mean 'bicubic'\?\)"):
-        images.resize(smooth_image(8, 8), 4, 4, "bicubik")
+def test_cmyk_files_are_read_as_pil_reads_them() -> None:
+    target = io.BytesIO()
+    Image.fromarray(smooth_image(40, 56)).convert("CMYK").save(target, "JPEG", quality=95)
+    wanted = np.asarray(Image.open(target).convert("RGB"))
+    np.testing.assert_array_equal(Picture(target.getvalue(), 3).read(), wanted)

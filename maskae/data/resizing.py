@@ -1,0 +1,78 @@
+"""Resizing that smooths where it shrinks, with PIL's filters: the arithmetic of the papers' transforms, at a fifth of PIL's time.
+
+The `cykooz_resizer` wheel (the Rust crate fast_image_resize, written with SIMD and free of the interpreter lock) has PIL's filters and
+8-bit intermediate values, but filters rows and columns in the other order. On photographs 87 % of the values equal PIL's, 99.9 % are
+within 1 of 255, and the mean difference is 0.13. OpenCV is no replacement: its bilinear and bicubic do not smooth, its area mode is a box.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from PIL import Image
+
+from maskae.errors import UserError, nearest
+
+Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels, fractions allowed
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ALGORITHMS = {
+    "nearest": ResizeAlg.nearest(),
+    "bilinear": ResizeAlg.convolution(FilterType.bilinear),
+    "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),  # a = -0.5, as PIL's
+    "lanczos": ResizeAlg.convolution(FilterType.lanczos3),
+}
+_PIXELS = {1: PixelType.U8, 2: PixelType.U8x2, 3: PixelType.U8x3, 4: PixelType.U8x4}
+
+# A resizer keeps its buffers from call to call, so threads must not share one.
+_thread = threading.local()
+
+
+def interpolation_filter(name: str) -> Image.Resampling:
+    """PIL's filter of that name. Raises UserError for an unknown one."""
+    if name not in INTERPOLATIONS:
+        raise UserError(f"unknown interpolation '{name}'{nearest(name, INTERPOLATIONS)}; there are {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
+
+
+def resize(image: np.ndarray, height: int, width: int, interpolation: str = "bicubic", region: Region | None = None) -> np.ndarray:
+    """uint8 [H, W, C] -> [height, width, C], smoothed where it shrinks; read-only where it is not the image itself.
+
+    `region` is what to scale instead of the whole image. Pixels beyond it still enter the filter at its border, so the result equals the
+    same part of the whole image resized. Raises UserError for an unknown interpolation.
+    """
+    interpolation_filter(interpolation)
+    if region == (0, 0, image.shape[1], image.shape[0]):
+        region = None
+    if image.shape[:2] == (height, width) and region is None:
+        return image
+    channels = image.shape[-1]
+    if channels not in _PIXELS:
+        return np.concatenate([resize(image[..., c : c + 1], height, width, interpolation, region) for c in range(channels)], axis=-1)
+    box = None if region is None else _crop_box(region, image.shape[0], image.shape[1])
+    target = ImageData(width, height, _PIXELS[channels])
+    if not hasattr(_thread, "resizer"):
+        _thread.resizer = Resizer()
+    # Without use_alpha=False four channels would be weighted by the last one.
+    options = ResizeOptions(_ALGORITHMS[interpolation], use_alpha=False, crop_box=box)
+    _thread.resizer.resize(ImageData(image.shape[1], image.shape[0], _PIXELS[channels], image.tobytes()), target, options)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, channels)
+
+
+def _crop_box(region: Region, height: int, width: int) -> CropBox:
+    """The region as a place and a size that, added up in floating point, do not reach past the image (which is an error)."""
+    left, top, right, bottom = region
+    wide, tall = right - left, bottom - top
+    while left + wide > width and wide > 0:
+        wide = math.nextafter(min(wide, width - left), 0)
+    while top + tall > height and tall > 0:
+        tall = math.nextafter(min(tall, height - top), 0)
+    return CropBox(left, top, wide, tall)
