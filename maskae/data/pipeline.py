@@ -3,8 +3,12 @@
 Element j of the endless global order is a pure function of (seed, j): the order is one permutation of the records per epoch, one after the
 other, and the random numbers of element j's transform come from (seed, j). Batch k is elements k*B .. (k+1)*B - 1, also where B does not
 divide the number of records n or is larger than it: nothing is dropped, an epoch is n/B steps (a fraction is fine), and a batch may span
-two epochs. Host h of P makes rows h*B/P .. (h+1)*B/P - 1 of it. So batch k is the same on any number of hosts, threads or worker
-processes, and a run resumes with nothing but k.
+two epochs. Host h of P makes rows h*B/P .. (h+1)*B/P - 1 of it, and reads the records of no others. So batch k is the same on any number
+of hosts, threads or worker processes, and a run resumes with nothing but k.
+
+With `views` v > 1 (repeated augmentation: Hoffer et al., "Augment your batch", 2020; Feichtenhofer et al., MAE on video, 2022) each record
+is decoded once and gives v consecutive elements, each with its own random numbers: element j is of record j // v of the order, and a batch
+holds B/v different records. An epoch stays n elements, so that lengths of runs keep their meaning in computation; it visits n/v records.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from maskae.data.contract import Source
+from maskae.data.images import Picture
 from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, NO_LABEL, VALID, BadRecord
 from maskae.errors import UserError
 
@@ -85,32 +90,39 @@ class BatchLoader:
     batch_size: int
     first_row: int
     rows: int
+    views: int = 1
 
     def __call__(self, k: int) -> Loaded:
         bad: list[tuple[int, str]] = []
-        images, labels, indices = [], [], []
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        indices: list[int] = []
         try:
-            for row in range(self.first_row, self.first_row + self.rows):
-                image, label, index = self._element(k * self.batch_size + row, bad)
-                images.append(image)
-                labels.append(label)
-                indices.append(index)
+            for row in range(self.first_row, self.first_row + self.rows, self.views):
+                views, label, index = self._views(k * self.batch_size + row, bad)
+                images += views
+                labels += [label] * self.views
+                indices += [index] * self.views
             return Loaded(collate(images, labels, indices, self.first_row), bad, "")
         except UserError as error:
             return Loaded({}, bad, str(error))
 
-    def _element(self, element: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int, int]:
-        """(image, label, record) of an element; a broken record is replaced by a draw from (seed, element), on every host by the same."""
-        index = int(self.order[element])
+    def _views(self, first: int, bad: list[tuple[int, str]]) -> tuple[list[np.ndarray], int, int]:
+        """(images, label, record) of the elements `first`.. that share a record; a broken one is replaced by a draw from (seed, first)."""
+        index = int(self.order[first // self.views])
         replacements = None
         for _ in range(REPLACEMENT_ATTEMPTS):
             try:
                 record = self.source[index]
-                image = self.transform(record[IMAGE], generator(self.seed, element, "transform"))
-                return image, record[LABEL], index
+                image = record[IMAGE]
+                if self.views > 1:
+                    image = Picture(image, self.source.spec.channels).read()  # decoded here, whole, and only cropped by the views
+                elements = range(first, first + self.views)
+                views = [self.transform(image, generator(self.seed, element, "transform")) for element in elements]
+                return views, record[LABEL], index
             except BadRecord as error:
                 bad.append((index, str(error)))
-                replacements = replacements or generator(self.seed, element, "replacement")
+                replacements = replacements or generator(self.seed, first, "replacement")
                 index = int(replacements.integers(len(self.source)))
         names = ", ".join(self.source.name(i) for i, _ in bad[-EXAMPLES_NAMED:])
         raise UserError(f"{self.source.spec.name}: {REPLACEMENT_ATTEMPTS} broken records in a row, for example {names}")
@@ -146,11 +158,12 @@ class Pipeline:
         prefetch: int = 4,
         shuffle: bool = True,
         max_bad_percent: float = 1.0,
+        views: int = 1,
     ):
         """Args:
           source: the records.
           transform: (image, generator) -> uint8 [H, W, C], of one shape for all records.
-          batch_size: of the GLOBAL batch; `process_count` must divide it.
+          batch_size: of the GLOBAL batch; process_count * views must divide it.
           seed: of the order and of the transforms.
           process_index, process_count: which of how many hosts this is.
           threads: batches made at the same time in this process (in each worker process where there are some); 0 makes them when asked.
@@ -158,11 +171,15 @@ class Pipeline:
           prefetch: batches made ahead, at least one per thread; they are held in memory.
           shuffle: a new permutation for every epoch; False takes the records in their order.
           max_bad_percent: more broken records than this stop the run.
+          views: augmented elements per decoded record, see the module's text.
 
-        Raises UserError where process_count does not divide batch_size, or there are no records.
+        Raises UserError where batch_size does not divide as said, or there are no records.
         """
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(f"batch_size {batch_size} cannot be divided between {process_count} hosts")
+        if views < 1:
+            raise UserError(f"views must be at least 1, not {views}")
+        if batch_size < 1 or batch_size % (process_count * views):
+            groups = f" in groups of {views} views" if views > 1 else ""
+            raise UserError(f"batch_size {batch_size} cannot be divided between {process_count} hosts{groups}")
         if len(source) == 0:
             raise UserError(f"{source.spec.name}: no records")
         if seed < 0:
@@ -174,7 +191,7 @@ class Pipeline:
         self._max_bad_percent = max_bad_percent
         rows = batch_size // process_count
         order = make_order(len(source), seed, shuffle)
-        loader = BatchLoader(source, transform, order, seed, batch_size, process_index * rows, rows)
+        loader = BatchLoader(source, transform, order, seed, batch_size, process_index * rows, rows, views)
         self._batches = grain.MapDataset.range(sys.maxsize // batch_size).map(loader)
 
     @property

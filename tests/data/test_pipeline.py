@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from maskae.data import images
 from maskae.data.contract import Record, Source
-from maskae.data.pipeline import Batch, Pipeline, evaluation_batches
+from maskae.data.images import Picture
+from maskae.data.pipeline import Batch, Pipeline, evaluation_batches, generator
 from maskae.data.sources import ArraySource, open_source
 from maskae.data.spec import IMAGE, INDEX, VALID, BadRecord, DataSpec
 from maskae.data.transforms import make_transform
@@ -35,9 +39,9 @@ class FaultySource:
 
 
 def tiny_source(count: int = 10) -> ArraySource:
-    images = np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
     labels = np.arange(count, dtype=np.int32)
-    return ArraySource(images, labels, labels, DataSpec("tiny", (12, 12, 3), 3, (0.5,) * 3, (0.25,) * 3))
+    return ArraySource(pixels, labels, labels, DataSpec("tiny", (12, 12, 3), 3, (0.5,) * 3, (0.25,) * 3))
 
 
 def pipeline(source: Source | None = None, **arguments: int | bool | float) -> Pipeline:
@@ -57,6 +61,90 @@ def test_slices_of_hosts_make_up_the_global_batch(hosts: int) -> None:
     parts = [pipeline(process_index=h, process_count=hosts).batch(5) for h in range(hosts)]
     assert_equal({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)
     assert whole["example"].tolist() == [0, 1, 2, 3]
+
+
+class WatchedSource:
+    """A source that notes which records are read."""
+
+    def __init__(self, parent: Source):
+        self.parent, self.spec, self.read = parent, parent.spec, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def __getitem__(self, index: int) -> Record:
+        self.read.append(index)
+        return self.parent[index]
+
+    def name(self, index: int) -> str:
+        return self.parent.name(index)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_host_reads_its_own_records_only_and_each_once(views: int) -> None:
+    watched = [WatchedSource(tiny_source(40)) for _ in range(4)]
+    for host, source in enumerate(watched):
+        pipe = pipeline(source, batch_size=16, process_index=host, process_count=4, views=views)
+        for k in range(2):
+            batch = pipe.batch(k)
+            assert source.read[-4 // views :] == batch[INDEX][::views].tolist()
+        assert len(source.read) == 2 * 4 // views
+    assert len({index for source in watched for index in source.read}) == 2 * 16 // views
+
+
+def test_a_host_evaluates_its_own_records_only() -> None:
+    for host in range(2):
+        source = WatchedSource(tiny_source(11))
+        list(evaluation_batches(source, make_transform(()), 4, process_index=host, process_count=2, threads=0))
+        assert source.read == [i for i in range(11) if i % 4 // 2 == host]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_views_share_a_record_and_differ_in_their_draws(hosts: int) -> None:
+    whole = pipeline(batch_size=12, views=3).batch(1)
+    parts = [pipeline(batch_size=12, views=3, process_index=h, process_count=hosts).batch(1) for h in range(hosts)]
+    assert_equal({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)
+    groups = whole[INDEX].reshape(4, 3)
+    assert (groups == groups[:, :1]).all()
+    assert len(set(groups[:, 0].tolist())) == 4
+    assert whole["example"].tolist() == list(range(12))
+    assert len({image.tobytes() for image in whole[IMAGE]}) == 12
+    order = np.concatenate([pipeline(batch_size=12, views=3).batch(k)[INDEX][::3] for k in range(5)])
+    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10)), "every record is visited before one returns"
+
+
+def test_a_file_is_decoded_once_for_all_of_its_views(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(f"folder:{photos}", "train")
+    decoded: list[bytes] = []
+    for name in ("decode_jpeg", "_decode_with_pil"):
+        plain = getattr(images, name)
+        monkeypatch.setattr(images, name, lambda *given, plain=plain: decoded.append(given[0]) or plain(*given))
+    made = {views: Pipeline(source, make_transform(STEPS[:1]), batch_size=12, seed=0, views=views).batch(0) for views in (1, 4)}
+    assert len(decoded) == 12 + 3
+    assert len(set(decoded[12:])) == 3
+    first = Picture(source[int(made[4][INDEX][0])][IMAGE], 3).read()
+    for row in range(4):
+        np.testing.assert_array_equal(made[4][IMAGE][row], make_transform(STEPS[:1])(first, generator(0, row, "transform")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 12, "views": 2, "process_count": 4}, "batch_size 12 cannot be divided between 4 hosts in groups of 2 views"),
+        ({"views": 0}, "views must be at least 1, not 0"),
+    ],
+)
+def test_views_that_do_not_fit_are_one_clear_line(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(**arguments)
+
+
+def test_a_broken_record_takes_all_of_its_views_with_it() -> None:
+    pipe = Pipeline(FaultySource((3, 11)), make_transform(()), batch_size=40, seed=0, max_bad_percent=50, views=2)
+    batch = pipe.batch(0)
+    assert not {3, 11} & set(batch[INDEX].tolist())
+    assert (batch[INDEX][::2] == batch[INDEX][1::2]).all()
+    assert (pipe.bad.count, pipe.bad.seen) == (2, 40)
 
 
 @pytest.mark.parametrize(("threads", "workers"), [(0, 0), (3, 0), (0, 2)])
