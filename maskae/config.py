@@ -43,6 +43,11 @@ def set_duration(group: ConfigDict, **given: float) -> None:
         group[key] = value
 
 
+def use_digits(config: ConfigDict) -> None:
+    """The data of every `:tiny` recipe on images: scikit-learn's 8x8 digits, untransformed, since a flipped digit is another digit."""
+    config.data.update({"source": "digits", "image_size": 8, "channels": 1, "train_transform": (), "val_transform": (), "flip": False})
+
+
 def default_config() -> ConfigDict:
     """All keys of a run. The comment behind a key is its documentation."""
     return ConfigDict({
@@ -90,7 +95,14 @@ def default_config() -> ConfigDict:
             "layer_decay": 1.0,  # learning-rate factor per block from the top down
             "no_decay": ("vectors",),  # names without weight decay; `vectors` stands for every bias and scale
         },
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "mesh": {
+            # -1: the devices that the other axes leave. Parameters are split over fsdp and tensor; `slice` is for TPU slices joined by an
+            # ordinary network, and is their number.
+            "slice": 1,
+            "data": -1,
+            "fsdp": 1,
+            "tensor": 1,
+        },
         "checkpoint": {
             **duration(every_percent=10.0),
             "keep_last": 2,

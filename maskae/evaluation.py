@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from maskae import config as config_module
@@ -110,12 +109,13 @@ class Evaluation:
         if not count or not hasattr(system, "reconstruct"):
             return
         batch = next(self.experiment.evaluation_batches("val"))
-        shown = min(count, int(batch["valid"].sum()))
+        put = self.experiment.put(batch)
+        shown = min(count, int(evaluate.to_host(put["valid"]).sum()))
         key = purpose_key(self.experiment.root_key, "panels")
-        panels = self.panels(variables_of(state), self.experiment.put(batch), key)
+        panels = self.panels(variables_of(state), put, key)
         labels = getattr(system, "panel_labels", TITLES)
         order = [name for name in (*TITLES, *panels) if name in panels]
-        columns = {labels.get(name, name): np.asarray(panels[name])[:shown] for name in order}
+        columns = {labels.get(name, name): evaluate.to_host(panels[name])[:shown] for name in order}
         spec = self.experiment.spec
         sheet = panel_sheet(columns, mean=spec.mean, std=spec.std, rows=shown, caption=f"{spec.name}, validation images, step {step}")
         writer.images(step, {"reconstruction": sheet})

@@ -97,15 +97,16 @@ class Experiment:
 
     @cached_property
     def pipeline(self) -> Pipeline:
-        """Training batches of this process."""
+        """Training batches of this process: its block of the rows of every global batch."""
         data = self.config.data
+        block, blocks = mesh_module.data_shard(self.mesh)
         return Pipeline(
             self.train_source,
             self.transform(data.train_transform),
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=block,
+            process_count=blocks,
             threads=data.threads,
             workers=data.workers,
             max_bad_percent=data.max_bad_percent,
@@ -125,12 +126,13 @@ class Experiment:
         source = {"train": self.train_source, "val": self.val_source}[split]
         if group.max_examples:
             source = LimitedSource(source, group.max_examples)
+        block, blocks = mesh_module.data_shard(self.mesh)
         return evaluation_batches(
             source,
             self.transform(self.config.data.val_transform),
             group.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=block,
+            process_count=blocks,
         )
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
@@ -328,7 +330,7 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh
     if mesh is None:
         mesh = mesh_module.make_mesh(config.mesh.to_dict())
     mesh_module.check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    mesh_module.check_batch(config.evaluate.batch_size, 1, mesh)
+    mesh_module.check_batch(config.evaluate.batch_size, 1, mesh, "evaluate.batch_size")
     system = build_from(SYSTEMS, config.system, config.model.to_dict(), "system")
     train_source, val_source = sources or open_sources(config)
     spec = train_source.spec

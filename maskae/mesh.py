@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskae.errors import UserError
 from maskae.paths import map_paths
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
+BATCH = PartitionSpec(BATCH_AXES)
 
 # (pattern of the parameter's path, mesh axis of each array axis); the first match counts. A mesh axis that does not divide the array
 # axis is left out there. Attention splits over heads and the MLP over its hidden units, so that each block needs one sum over `tensor`
@@ -31,13 +33,15 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all of them by default) with axes `data`, `fsdp`, `tensor`; one size may be -1: what is left.
+    """The mesh over `devices` (all of them by default) with the axes `AXES`, all `Auto`; one size may be -1: what is left.
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+    `slice` (1 where it is not given) is the slow outermost axis, data parallel over slices that are joined by an ordinary network.
+    Raises UserError where the sizes do not multiply to the number of devices, or `slice` is not the number of slices that there are.
     """
     devices = list(devices if devices is not None else jax.devices())
-    shape = [int(sizes[axis]) for axis in AXES]
-    written = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    shape = [int({"slice": 1, **sizes}[axis]) for axis in AXES]
+    shown = [(axis, size) for axis, size in zip(AXES, shape, strict=True) if axis != "slice" or size != 1]
+    written = " x ".join(f"{axis}={size}" for axis, size in shown)
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"mesh: {written}: every size is at least 1, and one at most is -1 (what is left)")
     known = int(np.prod([size for size in shape if size != -1]))
@@ -45,7 +49,53 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(f"mesh: {written} does not divide the {len(devices)} devices of this run")
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({_slice_of(device) for device in devices})
+    if slices > 1 and shape[0] != slices:
+        raise UserError(f"mesh.slice={shape[0]}, but the devices lie in {slices} slices: set --config.mesh.slice={slices}")
+    return Mesh(arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice_of(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0) or 0
+
+
+def arrange(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
+    """The devices as an array of `shape` (slice, data, fsdp, tensor), neighbours in the fast network side by side where possible.
+
+    A process must hold one block of the batch's rows, since it reads one run of records. Where the physical order scatters a process's
+    devices (a host of a TPU pod is a square of chips, not a row), the order by slice and process is taken.
+    """
+    ordered = np.asarray(sorted(devices, key=lambda d: (_slice_of(d), d.process_index, d.id)), dtype=object).reshape(shape)
+    if devices[0].platform != "tpu":
+        return ordered
+    slices = len({_slice_of(device) for device in devices})
+    if slices > 1:
+        physical = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        physical = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    processes = {device.process_index for device in devices}
+    return physical if all(row_block(physical, index) is not None for index in processes) else ordered
+
+
+def row_block(devices: np.ndarray, process_index: int) -> tuple[int, int] | None:
+    """Which block of the batch's rows, of how many equal ones, lies on a process's devices; None where that is not one block.
+
+    `devices` is the mesh's array [slice, data, fsdp, tensor]. Processes that share `tensor` groups hold the same block.
+    """
+    owner = np.vectorize(lambda device: device.process_index)(devices).reshape(-1, devices.shape[-1])  # [rows, tensor]
+    rows = np.flatnonzero((owner == process_index).any(1))
+    first, count = int(rows[0]), len(rows)
+    whole = count == rows[-1] - first + 1 and first % count == 0 and len(owner) % count == 0
+    return (first // count, len(owner) // count) if whole else None
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process reads block `index` of `count` equal blocks of every batch's rows. Raises UserError where it cannot."""
+    block = row_block(mesh.devices, jax.process_index())
+    if block is None:
+        sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise UserError(f"mesh: {sizes}: the devices of process {jax.process_index()} do not hold one block of the batch's rows")
+    return block
 
 
 def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -65,18 +115,22 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a global batch as global arrays whose leading axis is split over `data` and `fsdp`."""
+    """This process's rows of a global batch (block `data_shard(mesh)`) as global arrays whose leading axis is split over `BATCH_AXES`."""
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(array)) for name, array in batch.items()}
+    _, blocks = data_shard(mesh)
+    arrays = {name: np.asarray(array) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (len(array) * blocks, *array.shape[1:]))
+        for name, array in arrays.items()
+    }
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UserError where the global batch does not divide evenly into microbatches and over the mesh."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str = "train.batch_size") -> None:
+    """Raises UserError where the global batch `key` does not divide evenly into microbatches and over the mesh."""
+    axes = [axis for axis in BATCH_AXES if axis != "slice" or mesh.shape[axis] > 1]
+    rows = int(np.prod([mesh.shape[axis] for axis in axes]))
     if batch_size % (rows * accumulate):
         step = rows * accumulate
         near = max(step, round(batch_size / step) * step)
-        raise UserError(
-            f"train.batch_size={batch_size} does not divide by mesh data x fsdp = {rows} times train.accumulate = {accumulate}"
-            f" (nearest: {near})"
-        )
+        parts = f" times train.accumulate = {accumulate}" if accumulate > 1 else ""
+        raise UserError(f"{key}={batch_size} does not divide by mesh {' x '.join(axes)} = {rows}{parts} (nearest: {near})")

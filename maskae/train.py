@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,10 +25,13 @@ from maskae import config as config_module
 from maskae.checkpoint import Checkpointer
 from maskae.data.pipeline import Batch
 from maskae.errors import UserError
+from maskae.evaluate import to_host
 from maskae.evaluation import Evaluation
 from maskae.experiment import Experiment, build, data_metadata, open_or_assume
+from maskae.mesh import data_shard
 from maskae.monitor import Clock, LateMetrics, MultiWriter, Profiler, Progress, Watchdog, describe_run, machine_columns, open_writers
 from maskae.monitor.tables import write_atomically
+from maskae.processes import Agreement, barrier, check_shared_folder, gather
 from maskae.report import write_report
 from maskae.step import TrainState
 from maskae.summary import describe_experiment, dry_run_lines
@@ -38,16 +42,48 @@ LAST_VALUES = frozenset({"learning_rate", "skipped_steps", "nonfinite_in_a_row"}
 INTERRUPTED = 130
 
 
+class StopRequested(Exception):
+    """Ends an evaluation that is under way when the run is told to stop."""
+
+
 class Stop:
-    """Remembers a request to stop (SIGTERM of a scheduler, Ctrl-C) until the step under way has ended."""
+    """Remembers a request to stop (SIGTERM of a scheduler, Ctrl-C) until the step under way has ended, on every process.
+
+    A second Ctrl-C ends at once.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._received: signal.Signals | None = None
+        self._agreement = Agreement()
+        self._breaks = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._received = signal.Signals(number)
+        if jax.process_count() == 1:
+            self.signal = self._received
+        if self._breaks:
+            self._breaks = False
+            raise StopRequested
+
+    def agree(self) -> None:
+        """Sets `signal` to what any process has received, on all after the same step. Each calls it once per step."""
+        number = self._agreement(self._received or 0)
+        self.signal = signal.Signals(number) if number else None
+
+    @contextmanager
+    def breaking(self) -> Iterator[None]:
+        """Inside, a request ends what is under way by StopRequested, which is swallowed here: minutes of evaluation are no reason to
+        lose the checkpoint that a scheduler leaves seconds for. With several processes all must go through it together."""
+        self._breaks = jax.process_count() == 1
+        try:
+            yield
+        except StopRequested:
+            logger.info("the evaluation under way is left out")
+        finally:
+            self._breaks = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -81,6 +117,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if config.evaluate.finetune and stop.signal is None:
         loop.evaluation.finetune(workdir, run)
     conclude(loop, stop)
+    barrier("end of the run")
     if stop.signal is not None:
         logger.info("stopped by %s; the same command resumes", stop.signal.name)
         return INTERRUPTED if stop.signal == signal.SIGINT else 0
@@ -99,11 +136,12 @@ def conclude(loop: Loop, stop: Stop) -> None:
 
 
 def open_workdir(workdir: Path) -> None:
-    """Makes the run's folder. Raises UserError where that cannot be."""
+    """Makes the run's folder. Raises UserError where that cannot be, or where not all processes see it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error.strerror}") from error
+    check_shared_folder(workdir)
 
 
 def restore_or_start(experiment: Experiment, checkpointer: Checkpointer, workdir: Path) -> tuple[TrainState, dict[str, Any] | None]:
@@ -164,13 +202,16 @@ class Loop:
         start = int(state["step"])
         with ExitStack() as stack:
             self.open_monitors(stack, start, metadata)
-            write_atomically(self.workdir / "summary.json", json.dumps(self.summary(), indent=1))
+            if jax.process_index() == 0:
+                write_atomically(self.workdir / "summary.json", json.dumps(self.summary(), indent=1))
             if metadata is None:
-                self.writer.scalars(0, self.evaluation.start(state, self.writer))
+                with self.stop.breaking():
+                    self.writer.scalars(0, self.evaluation.start(state, self.writer))
             self.clock.start(start)
             batches = stack.enter_context(self.experiment.pipeline.iterate(start))
             step = start
             while True:
+                self.stop.agree()
                 self.at_step(state, step, metadata if step == start else None)
                 if step >= self.total or self.stop.signal is not None:
                     break
@@ -181,7 +222,8 @@ class Loop:
                 self.after_step(state, step, metrics)
             self.progress.close()
             totals = self.clock.totals() | {"bad_records": self.bad_records()}
-            write_atomically(self.workdir / "totals.json", json.dumps(totals, indent=1))
+            if jax.process_index() == 0:
+                write_atomically(self.workdir / "totals.json", json.dumps(totals, indent=1))
         return state
 
     def summary(self) -> dict[str, Any]:
@@ -189,11 +231,16 @@ class Loop:
         return describe_experiment(self.experiment) | describe_run() | {"arguments": sys.argv[1:]}
 
     def next_batch(self, batches: Iterator[Batch], state: TrainState, step: int) -> Batch:
-        """The batch of step `step` + 1. Where the data ends the run (too many broken records), what was learned is saved first."""
+        """The batch of step `step` + 1. Where the data ends the run (too many broken records), what was learned is saved first.
+
+        Not with several processes: a save needs all of them, and only this one knows.
+        """
         try:
             with self.clock.waiting_for_data():
                 return next(batches)
         except UserError:
+            if jax.process_count() > 1:
+                raise
             self.checkpointer.save(step, state, self.metadata(evaluated=True))
             raise
 
@@ -226,7 +273,8 @@ class Loop:
         if metadata is not None:
             self.clock.load_state_dict(metadata["clock"])
             self.late.load_state_dict(metadata["interval"])
-        self.progress = Progress(self.total, initial_step=start)
+        shown = None if jax.process_index() == 0 else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        self.progress = Progress(self.total, initial_step=start, stream=shown)
         first = config.log.profile_first_step
         self.profiler = Profiler(workdir, first_step=first, last_step=first + config.log.profile_steps - 1 if first else 0)
         stack.callback(self.profiler.close)
@@ -242,12 +290,16 @@ class Loop:
             return
         if done:
             self.flush()
+        evaluated = not wants_evaluation
         if wants_evaluation and not stopping:
-            with self.clock.pause("evaluate", wait_for=state["step"]):
-                self.writer.scalars(step, self.evaluation.run(state, step, self.writer))
+            with self.clock.pause("evaluate", wait_for=state["step"]), self.stop.breaking():
+                row = self.evaluation.run(state, step, self.writer)
+                evaluated = True
+                self.writer.scalars(step, row)
+        stopping = self.stop.signal is not None
         if metadata is None and (done or stopping or self.due(step, self.save_every)):
             with self.clock.pause("save", wait_for=state["step"]):
-                self.checkpointer.save(step, state, self.metadata(evaluated=not (wants_evaluation and stopping)))
+                self.checkpointer.save(step, state, self.metadata(evaluated))
 
     @staticmethod
     def due(step: int, every: int) -> bool:
@@ -273,10 +325,12 @@ class Loop:
         in_a_row = int(values["nonfinite_in_a_row"])
         if in_a_row == 0:
             return
-        index = self.experiment.pipeline.batch(step - 1)["index"]
+        own = self.experiment.put({"index": self.experiment.pipeline.batch(step - 1)["index"]})
+        index = to_host(own["index"])
         names = [self.experiment.train_source.name(int(i)) for i in index]
         record = {"step": step, "in_a_row": in_a_row, "loss": str(values["loss"]), "index": np.asarray(index).tolist(), "records": names}
-        write_atomically(self.workdir / "nonfinite.json", json.dumps(record, indent=1))
+        if jax.process_index() == 0:
+            write_atomically(self.workdir / "nonfinite.json", json.dumps(record, indent=1))
         logger.warning("step %d: loss or gradients are not finite; the step is skipped (%d in a row)", step, in_a_row)
         limit = self.experiment.config.train.max_nonfinite_in_a_row
         if in_a_row >= limit:
@@ -302,9 +356,11 @@ class Loop:
         }
 
     def bad_records(self) -> dict[str, Any]:
-        """Records that could not be read, in this process."""
-        bad = self.experiment.pipeline.bad
-        return {"count": bad.count, "names": bad.names}
+        """Records that could not be read, on all hosts; those that read the same rows are counted once."""
+        bad, block = self.experiment.pipeline.bad, data_shard(self.experiment.mesh)[0]
+        rows = {row["block"]: row for row in gather("bad records", {"block": block, "count": bad.count, "names": bad.names})}
+        names = dict.fromkeys(name for row in rows.values() for name in row["names"])
+        return {"count": sum(row["count"] for row in rows.values()), "names": list(names)}
 
     def flush(self) -> None:
         """Reads the last step's metrics and writes the last, perhaps shorter interval."""
@@ -323,11 +379,14 @@ def evaluate_run(config: ConfigDict, target: Path) -> None:
         evaluation.run(state, step, MultiWriter([]))
         if config.evaluate.finetune:
             evaluation.finetune(target, run)
-    print("\n".join(evaluation.table()))
+    if jax.process_index() == 0:
+        print("\n".join(evaluation.table()))
 
 
 def dry_run(config: ConfigDict) -> None:
     """Builds everything, prints sizes and shardings, and runs one abstract step. Raises UserError."""
     experiment = build(config, open_or_assume(config))
     with jax.set_mesh(experiment.mesh):
-        print("\n".join(dry_run_lines(experiment)))
+        lines = dry_run_lines(experiment)
+    if jax.process_index() == 0:
+        print("\n".join(lines))

@@ -128,7 +128,7 @@ def test_mesh_and_batch_that_do_not_divide_are_one_line():
     with pytest.raises(UserError, match="one at most is -1"):
         mesh_module.make_mesh({"data": -1, "fsdp": -1, "tensor": 1})
     mesh = mesh_module.make_mesh({"data": -1, "fsdp": 2, "tensor": 1})
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"slice": 1, "data": 4, "fsdp": 2, "tensor": 1}
     with pytest.raises(UserError, match=r"batch_size=20 .*nearest: 16"):
         mesh_module.check_batch(20, 1, mesh)
 

@@ -103,6 +103,24 @@ def test_a_stopped_run_saves_and_goes_on_bit_for_bit(whole, tmp_path, monkeypatc
     assert_same_run(whole, workdir)
 
 
+def test_a_stop_during_an_evaluation_saves_at_once_and_evaluates_after_the_resume(whole, tmp_path, monkeypatch):
+    workdir = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        metrics = train.Evaluation.metrics
+
+        def interrupted(self, state):
+            if int(state["step"]) == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return metrics(self, state)
+
+        patch.setattr(train.Evaluation, "metrics", interrupted)
+        assert train.run(tiny_config(), workdir) == 0
+    assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == 6
+    assert 6 not in [row["step"] for row in rows(workdir)]
+    assert train.run(tiny_config(), workdir) == 0
+    assert_same_run(whole, workdir)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, monkeypatch, caplog):
     workdir = tmp_path / "damaged"
     with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from typing import Any
 from maskae.errors import UserError, nearest
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
-from maskae.evaluate.features import Features, extract, raw_pixels, standardise
+from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
 
 __all__ = [
     "EVALUATORS",
@@ -30,6 +30,7 @@ __all__ = [
     "raw_pixels",
     "run",
     "standardise",
+    "to_host",
 ]
 
 EVALUATORS: dict[str, type] = {

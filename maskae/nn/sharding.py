@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 # What an activation's axis means -> the mesh axes that may split it.
-MESH_AXES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "tensor": ("tensor",)}
+MESH_AXES: dict[str, tuple[str, ...]] = {"batch": ("slice", "data", "fsdp"), "tensor": ("tensor",)}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -18,7 +18,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     Args:
         x: array of any dtype.
-        axes: one entry per leading dimension of `x`: "batch" (split over the data and fsdp axes), "tensor" (heads, hidden units), or None.
+        axes: one entry per leading dimension of `x`: "batch" (split over slice, data and fsdp), "tensor" (heads, hidden units), or None.
             Dimensions beyond those named, and those that a mesh axis does not divide, are not split.
 
     Returns:
