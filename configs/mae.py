@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from maskae.config import default_config, set_duration
+from maskae.config import default_config, set_duration, use_digits
 
 VARIANTS = ("tiny", "small", "base", "large", "huge")
 
@@ -76,6 +76,7 @@ def small(config: ConfigDict) -> ConfigDict:
     set_duration(config.train, total_epochs=40.0)
     config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64
     config.data.source = "folder:images"
+    config.evaluate.evaluators = {"knn": {}, "linear": {}, "rank": {}}
     return config
 
 
@@ -97,12 +98,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
         "scan": False,
         "remat": "none",
     }
-    config.data.source = "digits"
-    config.data.image_size = 8
-    config.data.channels = 1
-    config.data.train_transform = ()
-    config.data.val_transform = ()
-    config.data.flip = False
+    use_digits(config)
     config.train.batch_size = 64
     set_duration(config.train, total_steps=3000)
     config.optimizer.base_learning_rate = 8e-3  # 2e-3 at batch 64

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from maskae.config import default_config, set_duration
+from maskae.config import default_config, set_duration, use_digits
 
 VARIANTS = ("tiny", "base", "large", "huge")
 
@@ -81,12 +81,7 @@ def get_config(variant: str = "base") -> ConfigDict:
 def tiny(config: ConfigDict) -> ConfigDict:
     """The digits: no augmentation, since a flipped or mixed digit is another digit."""
     config.model.update({"dtype": "float32", "scan": False, "remat": "none"})
-    config.data.source = "digits"
-    config.data.image_size = 8
-    config.data.channels = 1
-    config.data.train_transform = ()
-    config.data.val_transform = ()
-    config.data.flip = False
+    use_digits(config)
     config.train.batch_size = 64
     set_duration(config.train, total_epochs=30.0)
     config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64

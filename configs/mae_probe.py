@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from maskae.config import default_config, set_duration
+from maskae.config import default_config, set_duration, use_digits
 
 VARIANTS = ("tiny", "base", "large", "huge")
 
@@ -70,12 +70,7 @@ def get_config(variant: str = "base") -> ConfigDict:
 def tiny(config: ConfigDict) -> ConfigDict:
     """The digits, without augmentation."""
     config.model.update({"dtype": "float32", "scan": False})
-    config.data.source = "digits"
-    config.data.image_size = 8
-    config.data.channels = 1
-    config.data.train_transform = ()
-    config.data.val_transform = ()
-    config.data.flip = False
+    use_digits(config)
     config.train.batch_size = 256
     set_duration(config.train, total_epochs=90.0)
     # The paper's rate itself. LARS moves a matrix by a share of its norm per step, whatever the batch, and here are only 450 steps.

@@ -290,16 +290,16 @@ class Loop:
             return
         if done:
             self.flush()
-        evaluated = not wants_evaluation
+        row: dict[str, float] | None = None
         if wants_evaluation and not stopping:
             with self.clock.pause("evaluate", wait_for=state["step"]), self.stop.breaking():
                 row = self.evaluation.run(state, step, self.writer)
-                evaluated = True
-                self.writer.scalars(step, row)
+        if row is not None:
+            self.writer.scalars(step, row)
         stopping = self.stop.signal is not None
         if metadata is None and (done or stopping or self.due(step, self.save_every)):
             with self.clock.pause("save", wait_for=state["step"]):
-                self.checkpointer.save(step, state, self.metadata(evaluated))
+                self.checkpointer.save(step, state, self.metadata(evaluated=row is not None or not wants_evaluation))
 
     @staticmethod
     def due(step: int, every: int) -> bool:

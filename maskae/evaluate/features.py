@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -17,6 +18,8 @@ Batch = Mapping[str, Any]
 
 # Two batches in flight: the device computes the next one while the host copies the last one.
 IN_FLIGHT = 2
+
+PIXEL_SIDE = 16
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -75,8 +78,20 @@ def _pick(given: Mapping[str, Any], key: str) -> Any:
 
 
 def raw_pixels(batches: Iterable[Batch]) -> Features:
-    """The baseline that an encoder must beat: `pooled` is the flattened image, float32 [rows, H * W * C]."""
-    return extract(lambda batch: {"pooled": np.reshape(to_host(batch["image"]), (len(batch["image"]), -1)).astype(np.float32)}, batches)
+    """The baseline that an encoder must beat: `pooled` is the flattened image, float32 [rows, h * w * C].
+
+    Images with sides above 16 are averaged down to 16 pixels: a probe on all pixels of a photograph would have more weights than examples,
+    and take longer than the training.
+    """
+
+    def flatten(batch: Batch) -> dict[str, jax.Array]:
+        images = jnp.asarray(batch["image"], jnp.float32)
+        count, height, width, channels = images.shape
+        shape = (count, min(height, PIXEL_SIDE), min(width, PIXEL_SIDE), channels)
+        small = images if shape == images.shape else jax.image.resize(images, shape, "linear")
+        return {"pooled": small.reshape(count, -1)}
+
+    return extract(flatten, batches)
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -116,3 +116,10 @@ def test_standardise_forgets_scale_offset_and_constant_channels() -> None:
         np.testing.assert_allclose(scaled, expected, rtol=1e-4, atol=1e-5)
     for moved, expected in zip(standardise(train + 5, val + 5), reference, strict=True):
         np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_raw_pixels_of_large_images_are_averaged_down_to_16() -> None:
+    image = np.repeat(np.repeat(np.arange(32, dtype=np.uint8)[None, :, None] * np.ones((32, 1, 3), np.uint8), 4, 0), 4, 1)  # [128, 128, 3]
+    features = raw_pixels([{"image": image[None], "label": np.zeros(1, np.int32)}])
+    assert features["pooled"].shape == (1, 16 * 16 * 3)
+    np.testing.assert_allclose(features["pooled"].reshape(16, 16, 3)[5, 2:-2, 0], np.arange(4, 28, 2) + 0.5, atol=0.05)
