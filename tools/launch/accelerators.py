@@ -66,7 +66,7 @@ def tpu_type(text: str) -> Accelerator:
         if text in TPU_TYPES:
             return TPU_TYPES[text]
         renamed = re.sub(r"^v5e-", "v5litepod-", text)
-        near = f" (did you mean '{renamed}'?)" if renamed in TPU_TYPES else nearest(text, TPU_TYPES) or _near_size(text)
+        near = f" (did you mean '{renamed}'?)" if renamed in TPU_TYPES else _near_size(text) or nearest(text, TPU_TYPES)
         raise UserError(f"--accelerator={text}: no such Cloud TPU type{near}")
     if family not in TPU_FAMILIES:
         raise UserError(f"--accelerator={text}: no chip '{family}'{nearest(family, TPU_FAMILIES)}; there are {', '.join(TPU_FAMILIES)}")
@@ -78,11 +78,11 @@ def tpu_type(text: str) -> Accelerator:
 
 
 def _near_size(text: str) -> str:
-    """For `v6e-100`: the type of the same family whose size is nearest."""
+    """For `v6e-100`: the type of the same family whose size is nearest; nothing for other words."""
     family, _, size = text.rpartition("-")
     sizes = [int(name.rpartition("-")[2]) for name in TPU_TYPES if name.rpartition("-")[0] == family]
     if not sizes or not size.isdigit():
-        return f"; there are {', '.join(f'{prefix}-N' for prefix, *_ in TPU_FAMILIES.values())}"
+        return ""
     return f" (did you mean '{family}-{min(sizes, key=lambda known: abs(known - int(size)))}'?)"
 
 

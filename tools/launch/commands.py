@@ -144,10 +144,10 @@ def refuse_secrets(words: Sequence[str]) -> None:
             raise UserError(f"{name if equals else 'an argument'} holds what looks like a key or token: {where}")
 
 
-def training_words(arguments: Sequence[str], python: str = "python") -> list[str]:
+def training_words(arguments: Sequence[str], python: str = "python", slices: int = 1) -> list[str]:
     """The words that start maskae with `arguments`, after these are checked here as maskae itself would: before anything is paid for.
 
-    Raises UserError for a missing or wrong config, an unknown key, a missing --workdir.
+    Raises UserError for a missing or wrong config, an unknown key, a missing --workdir, a mesh for another number of TPU slices.
     """
     if not arguments:
         raise UserError("maskae's arguments are missing: -- --config configs/mae.py:base --workdir FOLDER")
@@ -156,7 +156,9 @@ def training_words(arguments: Sequence[str], python: str = "python") -> list[str
 
     with contextlib.chdir(ROOT):
         flags, overrides = parse(arguments)
-        load_config(flags.config, overrides)
+        config = load_config(flags.config, overrides)
+    if slices > 1 and config.mesh.slice != slices:
+        raise UserError(f"--slices={slices}, but mesh.slice={config.mesh.slice}: set --config.mesh.slice={slices}")
     return [python, "-m", "maskae.main", *arguments]
 
 

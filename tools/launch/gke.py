@@ -46,7 +46,7 @@ def container_script(flags: argparse.Namespace, kind: Accelerator, arguments: Se
         "set -euo pipefail",
         "" if flags.image else f"pip install --quiet -e '.[{extras}]'",
         commands.secrets_script(flags.wandb_secret, flags.secret_file, "python"),
-        commands.stoppable(shlex.join(commands.training_words(arguments))),
+        commands.stoppable(shlex.join(commands.training_words(arguments, slices=flags.slices))),
     ]
     # One line: xpk puts the command into an indented YAML block, where a second line would have to be indented too.
     script = "\n".join(part for part in parts if part)

@@ -49,13 +49,21 @@ def directives(flags: argparse.Namespace) -> list[str]:
     return [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None] + ["#SBATCH --requeue"]
 
 
-def environment(flags: argparse.Namespace) -> dict[str, str]:
-    """The job's environment variables."""
-    variables = commands.environment(flags.gpu, 1, flags.env)
-    if flags.processes == "host":
-        # Under Slurm JAX gives each process the one GPU of its local number; a process for the whole machine has to name them all.
-        variables["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(number) for number in range(flags.gpus_per_node))
-    return variables
+def started(flags: argparse.Namespace, arguments: Sequence[str]) -> tuple[list[str], str]:
+    """(lines to run before, the command that srun starts on each machine or for each GPU).
+
+    maskae finds the other processes by Slurm's variables, and then each process takes the one GPU of its number on the machine. A process
+    for a whole machine is therefore told where the others are, and takes all GPUs that it sees.
+    """
+    words = shlex.join(commands.training_words(arguments, flags.python))
+    if flags.processes == "gpu":
+        return [], words
+    before = [
+        """coordinator="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):$((61440 + SLURM_JOB_ID % 4096))\"""",
+        "export coordinator",
+    ]
+    joining = '--coordinator "$coordinator" --num_processes "$SLURM_NTASKS" --process_id "$SLURM_PROCID"'
+    return before, f"bash -c {shlex.quote(f'exec {words} {joining}')}"
 
 
 def batch_script(flags: argparse.Namespace, arguments: Sequence[str]) -> str:
@@ -64,7 +72,7 @@ def batch_script(flags: argparse.Namespace, arguments: Sequence[str]) -> str:
     SIGUSR1 comes before the time limit and asks for saving and queueing again; a cancelled job is not queued again. The steps are
     signalled by scancel, since srun answers a SIGTERM of its own by killing them.
     """
-    words = commands.training_words(arguments, flags.python)
+    before, command = started(flags, arguments)
     secrets = commands.secrets_script(None, flags.secret_file, flags.python)
     lines = [
         "#!/bin/bash",
@@ -73,11 +81,12 @@ def batch_script(flags: argparse.Namespace, arguments: Sequence[str]) -> str:
         'cd "$SLURM_SUBMIT_DIR"',
         *flags.setup,
         *([secrets] if secrets else []),
-        commands.exports(environment(flags)),
+        commands.exports(commands.environment(flags.gpu, 1, flags.env)),
+        *before,
         "again=",
         """trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1""",
         "# One dead process ends all, else the others would wait for it; every process sees all GPUs of its machine.",
-        f"srun --kill-on-bad-exit=1 --gpu-bind=none {shlex.join(words)} &",
+        f"srun --kill-on-bad-exit=1 --gpu-bind=none {command} &",
         "steps=$!",
         "status=0",
         'wait "$steps" || status=$?',

@@ -105,7 +105,7 @@ class Launch:
 
     def run(self) -> Command:
         """Starts maskae on all workers; they find each other by themselves."""
-        words = commands.training_words(self.arguments, PYTHON)
+        words = commands.training_words(self.arguments, PYTHON, self.flags.slices)
         quoted = " ".join([PYTHON, shlex.join(words[1:])])
         variables = commands.environment(self.kind.chip, self.flags.slices, self.flags.env)
         parts = [
