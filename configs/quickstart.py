@@ -13,11 +13,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from maskae.config import load_module
+from maskae.config import load_module, set_duration
 
 
 def get_config() -> ConfigDict:
     """The quickstart's recipe."""
     config = load_module(Path(__file__).with_name("mae.py")).get_config("tiny")
     config.model.norm_pix_loss = False
+    set_duration(config.evaluate, every_percent=25.0)
     return config

@@ -212,8 +212,7 @@ class Loop:
             step = start
             while True:
                 self.stop.agree()
-                self.at_step(state, step, metadata if step == start else None)
-                if step >= self.total or self.stop.signal is not None:
+                if self.at_step(state, step, metadata if step == start else None):
                     break
                 with self.profiler.step(step + 1):
                     batch = self.next_batch(batches, state, step)
@@ -279,15 +278,16 @@ class Loop:
         self.profiler = Profiler(workdir, first_step=first, last_step=first + config.log.profile_steps - 1 if first else 0)
         stack.callback(self.profiler.close)
 
-    def at_step(self, state: TrainState, step: int, metadata: dict[str, Any] | None) -> None:
-        """Evaluate, then save, where either is due at `step`. `metadata` is that of the checkpoint which `state` was restored from.
+    def at_step(self, state: TrainState, step: int, metadata: dict[str, Any] | None) -> bool:
+        """Evaluate, then save, where either is due at `step`; returns whether the run ends here.
 
-        Rows of the metric files that belong to a step are on disk before its checkpoint is: a resume keeps them, and only drops later ones.
+        `metadata` is that of the checkpoint which `state` was restored from. Rows of the metric files that belong to a step are on disk
+        before its checkpoint is: a resume keeps them, and only drops later ones. A run stopped before its first step leaves no checkpoint.
         """
         done, stopping = step >= self.total, self.stop.signal is not None
         wants_evaluation = done or self.due(step, self.evaluate_every)
         if metadata is not None and (metadata["evaluated"] or not wants_evaluation):
-            return
+            return done or stopping
         if done:
             self.flush()
         row: dict[str, float] | None = None
@@ -297,9 +297,10 @@ class Loop:
         if row is not None:
             self.writer.scalars(step, row)
         stopping = self.stop.signal is not None
-        if metadata is None and (done or stopping or self.due(step, self.save_every)):
+        if metadata is None and step > 0 and (done or stopping or self.due(step, self.save_every)):
             with self.clock.pause("save", wait_for=state["step"]):
                 self.checkpointer.save(step, state, self.metadata(evaluated=row is not None or not wants_evaluation))
+        return done or stopping
 
     @staticmethod
     def due(step: int, every: int) -> bool:
