@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,17 +65,10 @@ def run(config: ConfigDict, flags: argparse.Namespace) -> int:
     return train.run(config, flags.workdir)
 
 
-def quiet_absent_tpu() -> None:
-    """Keeps an installed TPU compiler (it comes with the tests) from asking the network for a TPU on a machine that has none."""
-    if not any(any(Path("/dev").glob(pattern)) for pattern in ("accel*", "vfio*")):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C,
     3 where another process was lost.
     """
-    quiet_absent_tpu()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.WARNING)
