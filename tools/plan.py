@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# Before jax is imported: no search for a TPU of this machine, several compilers side by side, and no accelerator for the tool itself.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 from maskae.config import load_config, split_arguments
 from maskae.errors import UserError, nearest
+from maskae.planning import prepare_environment
+
+# Before jax is imported: the tool itself computes on no accelerator.
+prepare_environment()
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 FLAGS = ("--config", "--topology", "--search", "--formula", "--json", "--table", "--cache", "--help")
 

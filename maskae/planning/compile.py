@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from maskae.errors import UserError
 from maskae.experiment import Experiment
+from maskae.planning import prepare_environment
 from maskae.planning.chips import GIB, Topology
 
 REMATERIALISATION = "nvoluntary full rematerialization"
@@ -55,6 +56,7 @@ class CompiledStep:
 
 def tpu_devices(topology: Topology) -> list[Any]:
     """Descriptions of the slice's chips. Raises UserError where the compiler is not installed."""
+    prepare_environment()
     options: dict[str, Any] = dict(topology.chip.options)
     shape = "x".join(map(str, topology.shape))
     if topology.size == 1:
