@@ -19,8 +19,8 @@ JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 SHRINKS = (8, 4, 2, 1)
 
-# Decoding a block of rows of a subsampled image looks at the next one's colours; two rows of the largest (16-pixel) kind, at 1/8 too.
-_ROWS_BELOW = 32
+# Colours at half resolution are interpolated between rows: the last wanted row needs those of the next pair of (decoded) rows.
+_ROWS_BELOW = 2
 _SEQUENTIAL = (0xC0, 0xC1)  # Huffman-coded, from top to bottom
 
 
@@ -103,14 +103,15 @@ def decode_jpeg(data: bytes, header: JpegHeader, grey: bool, shrink: int = 1, bo
     if data.rfind(JPEG_END, header.pixels) < 0:
         raise BadRecord("truncated JPEG: no end marker")
     stored = (header.height, header.width) if header.orientation < 5 else (header.width, header.height)
-    rows = stored[0]
-    if bottom is not None and header.top_down and header.orientation == 1 and bottom + _ROWS_BELOW < rows:
+    rows, shortened = stored[0], None
+    if bottom is not None and header.top_down and header.orientation == 1 and bottom + _ROWS_BELOW * shrink < rows:
         # The decoder stops after as many rows as the header names.
-        rows = bottom + _ROWS_BELOW
-        data = data[: header.height_at] + rows.to_bytes(2, "big") + data[header.height_at + 2 :]
+        rows = bottom + _ROWS_BELOW * shrink
+        shortened = bytearray(data)
+        shortened[header.height_at : header.height_at + 2] = rows.to_bytes(2, "big")
     try:
         image = simplejpeg.decode_jpeg(
-            data,
+            data if shortened is None else shortened,
             "GRAY" if grey else "RGB",
             min_height=-(-rows // shrink),
             min_width=-(-stored[1] // shrink),

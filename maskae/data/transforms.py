@@ -247,6 +247,11 @@ def make_step(name: str, arguments: Mapping[str, Any]) -> Any:
     return step
 
 
-def make_transform(steps: Sequence[tuple[str, Mapping[str, Any]]], channels: int | None = None) -> Transform:
-    """The transform of (name, arguments) pairs; `channels` as in `Transform`. Raises UserError as `make_step` does."""
-    return Transform(tuple(make_step(name, arguments) for name, arguments in steps), channels)
+def make_transform(steps: Sequence[tuple[str, Mapping[str, Any]]], channels: int | None = None, size: int | None = None) -> Transform:
+    """The transform of (name, arguments) pairs; `channels` as in `Transform`; `size` goes to steps that take one and were given none.
+
+    Raises UserError as `make_step` does.
+    """
+    sized = {name for name, step in STEPS.items() if any(field.name == "size" for field in dataclasses.fields(step))}
+    common = {} if size is None else {"size": size}
+    return Transform(tuple(make_step(name, {**(common if name in sized else {}), **arguments}) for name, arguments in steps), channels)

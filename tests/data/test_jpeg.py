@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+import simplejpeg
 from pictures import encode, smooth_image
 from PIL import Image
 
@@ -26,15 +27,15 @@ def saved(image: np.ndarray, **arguments: object) -> bytes:
     return target.getvalue()
 
 
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411"])
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
 @pytest.mark.parametrize("grey", [False, True])
 def test_rows_above_the_bottom_are_those_of_the_whole_image(subsampling: str, shrink: int, grey: bool) -> None:
-    data = saved(noisy(), subsampling=subsampling)
+    data = simplejpeg.encode_jpeg(noisy(), quality=90, colorsubsampling=subsampling)
     header = jpeg_header(data)
     whole = decode_jpeg(data, header, grey, shrink)
     assert whole.shape == (-(-210 // shrink), -(-173 // shrink), 1 if grey else 3)
-    for bottom in (*range(1, 210, 13), 63, 64, 65, 177, 178, 179, 210):
+    for bottom in range(1, 211):
         part = decode_jpeg(data, header, grey, shrink, bottom)
         rows = -(-bottom // shrink)
         assert rows <= len(part) <= len(whole)
