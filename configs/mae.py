@@ -47,6 +47,7 @@ def get_config(variant: str = "base") -> ConfigDict:
         "dtype": "bfloat16",
         "scan": True,
         "remat": "dots" if variant != "huge" else "full",
+        "attention": "xla",  # cudnn: NVIDIA's fused kernels
     }
     config.data.source = "tfds:imagenet2012"
     config.data.examples = 1_281_167
@@ -97,6 +98,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
         "dtype": "float32",
         "scan": False,
         "remat": "none",
+        "attention": "xla",
     }
     use_digits(config)
     config.train.batch_size = 64

@@ -112,7 +112,8 @@ def compile_programs(experiment: Experiment) -> Programs:
 @contextmanager
 def uncached() -> Iterator[None]:
     """Compiles anew inside: a program from the persistent cache would make the compile time a lie."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    config: Any = jax.config  # whose attributes are made at run time
+    before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # which otherwise remembers its first answer to whether it is used
     try:

@@ -120,6 +120,14 @@ class OutProjection(nn.Module):
         return jnp.einsum("bnhk,hkd->bnd", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
+def check_cudnn(dtype: Dtype) -> None:
+    """Raises UserError where cuDNN's fused attention cannot run; jax itself says so late, and with a traceback."""
+    if jax.default_backend() != "gpu":
+        raise UserError(f"attention 'cudnn' needs an NVIDIA GPU, and this process runs on {jax.default_backend()}; use attention 'xla'")
+    if jnp.dtype(dtype).itemsize != 2:
+        raise UserError(f"attention 'cudnn' computes in 16 bits, and dtype is {jnp.dtype(dtype)}; use dtype 'bfloat16' or attention 'xla'")
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, scale head_dim^-0.5, softmax in float32. `implementation` "cudnn" needs a GPU and a 16-bit `dtype`."""
 
@@ -135,6 +143,8 @@ class Attention(nn.Module):
         if self.implementation not in ATTENTION_IMPLEMENTATIONS:
             hint = nearest(self.implementation, ATTENTION_IMPLEMENTATIONS)
             raise UserError(f"unknown attention '{self.implementation}'{hint}; there are {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+        if self.implementation == "cudnn":
+            check_cudnn(self.dtype)
         query, key, value = QkvProjection(self.heads, self.qkv_bias, self.kernel_init, self.dtype, name="qkv")(x)
         mixed = jax.nn.dot_product_attention(query, key, value, bias=attention_bias, implementation=self.implementation)
         return OutProjection(self.kernel_init, self.dtype, name="out")(mixed)

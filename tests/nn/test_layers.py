@@ -11,7 +11,7 @@ import pytest
 from jax.scipy.special import erf
 
 from maskae.errors import UserError
-from maskae.nn.layers import Attention, Block, DropPath, LayerNorm, OutProjection, PatchEmbed, QkvProjection, drop_path, gelu
+from maskae.nn.layers import Attention, Block, DropPath, LayerNorm, OutProjection, PatchEmbed, QkvProjection, check_cudnn, drop_path, gelu
 
 KEY = jax.random.key(0)
 
@@ -123,8 +123,16 @@ def test_block_drops_its_two_branches_separately() -> None:
         (Attention(3), "3 heads do not divide a width of 8"),
         (Attention(2, "al"), "unknown qkv bias 'al' \\(did you mean 'all'"),
         (Attention(2, implementation="cudn"), "unknown attention 'cudn' \\(did you mean 'cudnn'"),
+        (Attention(2, implementation="cudnn", dtype=jnp.bfloat16), "needs an NVIDIA GPU, and this process runs on cpu"),
     ],
 )
 def test_bad_arguments_are_named(module: Attention, message: str) -> None:
     with pytest.raises(UserError, match=message):
         module.init(KEY, jnp.zeros((1, 2, 8)))
+
+
+def test_cudnn_attention_says_that_it_needs_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="computes in 16 bits, and dtype is float32"):
+        check_cudnn(jnp.float32)
+    check_cudnn(jnp.bfloat16)

@@ -108,3 +108,9 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
     assert bench_step.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_cudnn_attention_on_a_cpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_step.main(["--config", CONFIG, "--config.model.attention=cudnn", "--config.model.dtype=bfloat16"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "attention 'cudnn' needs an NVIDIA GPU" in error
