@@ -73,6 +73,7 @@ def default_config() -> ConfigDict:
             "cutmix_alpha": 0.0,
             "label_smoothing": 0.0,
             "erasing": 0.0,  # probability of random erasing per image
+            "views": 1,  # augmented views of each decoded image, side by side in a batch; an epoch stays as many examples
             "workers": 0,  # processes that decode; 0: threads of this process
             "threads": 2,  # that read ahead
             "max_bad_percent": 1.0,  # a larger share of unreadable records stops the run

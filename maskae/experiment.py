@@ -23,7 +23,7 @@ from maskae.data import device
 from maskae.data.pipeline import Batch, Pipeline, evaluation_batches
 from maskae.data.sources import LimitedSource, Source, open_source
 from maskae.data.spec import DataSpec
-from maskae.data.transforms import STEPS, Transform, make_transform
+from maskae.data.transforms import Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
 from maskae.errors import UserError
 from maskae.optim import Optimizer, make_optimizer
@@ -110,15 +110,12 @@ class Experiment:
             threads=data.threads,
             workers=data.workers,
             max_bad_percent=data.max_bad_percent,
+            views=data.views,
         )
 
     def transform(self, steps: Any) -> Transform:
         """The host transform of a config's (name, arguments) pairs; a step that takes a size gets the config's image size."""
-        sized = {name for name, step in STEPS.items() if any(field.name == "size" for field in dataclasses.fields(step))}
-        size = {"size": self.config.data.image_size}
-        return make_transform(
-            [(name, (size if name in sized else {}) | dict(arguments)) for name, arguments in steps], self.config.data.channels
-        )
+        return make_transform(steps, self.config.data.channels, self.config.data.image_size)
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
         """Every record of `train` or `val` once, without augmentation."""
