@@ -109,12 +109,19 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _out_of_memory(message: str, arguments: float) -> CompiledStep:
-    """The needed and the given bytes in the compiler's message: "Used 28.34G of 15.75G hbm", "program 27.0G", "arguments 1.2G"."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
-    if not used:
+    """What the compiler's message says was needed and given.
+
+    Either everything, "Used 28.34G of 15.75G hbm", or the temporaries alone, "required for HLO temporaries (544.63G) exceeds available HBM
+    (15.75G)", where they by themselves are too much.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    whole = re.search(rf"Used {size} of {size}", message)
+    alone = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    found = whole or alone
+    if found is None:
         return CompiledStep(False, arguments, float("nan"))
-    total, usable = _bytes(used[1], used[2]), _bytes(used[3], used[4])
-    return CompiledStep(False, arguments, max(0.0, total - arguments), usable=usable)
+    needed, usable = _bytes(found[1], found[2]), _bytes(found[3], found[4])
+    return CompiledStep(False, arguments, max(0.0, needed - arguments) if whole else needed, usable=usable)
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -10,7 +10,13 @@ from maskae.planning.chips import CHIPS, parse_topology, shapes_of
 
 @pytest.mark.parametrize(
     ("text", "size", "shape"),
-    [("v5e:16x16", 256, (16, 16)), ("v5p:4x4x4", 64, (4, 4, 4)), ("v6e:2x2", 4, (2, 2)), ("v4:2x2x1", 4, (2, 2, 1)), ("h100:64", 64, (64,))],
+    [
+        ("v5e:16x16", 256, (16, 16)),
+        ("v5p:4x4x4", 64, (4, 4, 4)),
+        ("v6e:2x2", 4, (2, 2)),
+        ("v4:2x2x1", 4, (2, 2, 1)),
+        ("h100:64", 64, (64,)),
+    ],
 )
 def test_a_topology_has_the_chips_of_its_shape(text, size, shape):
     topology = parse_topology(text)
