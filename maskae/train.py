@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,8 @@ def conclude(loop: Loop, stop: Stop) -> None:
 
 def open_workdir(workdir: Path) -> None:
     """Makes the run's folder. Raises UserError where that cannot be, or where not all processes see it."""
+    if re.match(r"\w+:/", str(workdir)):
+        raise UserError(f"--workdir={workdir}: a run's logs need a folder; mount the bucket and give the folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -167,6 +167,11 @@ def test_resume_never_and_must_say_what_is_there(whole, tmp_path):
         train.run(tiny_config("checkpoint.resume=must"), tmp_path / "empty")
 
 
+def test_a_bucket_is_no_folder_for_logs():
+    with pytest.raises(UserError, match="mount the bucket"):
+        train.run(tiny_config(), Path("gs://bucket/run"))
+
+
 def test_logs_of_another_run_are_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"seed": 7}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
