@@ -56,14 +56,17 @@ def default_config() -> ConfigDict:
         "model": {},  # arguments of the system
         "init_from": "",  # a run folder or a weights file to start from; empty: from scratch
         "data": {
-            "source": "digits",  # digits | folder:/path | arrayrecord:/path | tfds:name | npz:/path
+            "source": "digits",  # digits | folder:/path | arrayrecord:/path or gs://bucket/path | tfds:name | npz:/path
             "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
             "val_percent": 10.0,  # share split off for validation where the source has no split of its own
             "split_seed": 0,
             "max_examples": 0,  # use only so many training records; 0: all
             "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
             "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet (the papers')
-            "cache": "none",  # none | ram: keep what was read of each record in memory
+            "cache": "none",  # none | ram: keep what was read of each record in memory, as it is stored
+            "cache_gigabytes": 16.0,  # of each split's cache per process (and worker); what does not fit is read again
+            "shard_folder": "",  # where shards of a bucket are copied to; empty: .cache/maskae/shards in the home folder
+            "shard_gigabytes": 500.0,  # of all copies in it
             "image_size": 224,  # pixels per side after the transform
             "channels": 3,
             "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out

@@ -275,6 +275,9 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             statistics=data.statistics,
             max_examples=max_examples,
             cache=data.cache,
+            cache_gigabytes=data.cache_gigabytes,
+            shard_folder=data.shard_folder or None,
+            shard_gigabytes=data.shard_gigabytes,
         )
 
     return opened("train", data.max_examples or None), opened("val", None)

@@ -5,7 +5,8 @@
 
 Every image is decoded once: broken ones are left out and listed in broken.txt, and mean and standard deviation are measured on all training
 images. Without --short_side, image files are stored as they are; with it, larger ones are shrunk (never enlarged) and encoded again.
-The folder appears under its name only when it is complete. prepare.json says how it was made.
+The folder appears under its name only when it is complete. prepare.json says how it was made, shards.json what each shard must be, so
+that a copy of the folder in a bucket can be read: --config.data.source=arrayrecord:gs://bucket/photos_256
 
 Exit status: 0, 1 where images were broken and left out, 2 for bad input.
 """
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from maskae.data.contract import SPLITS, Source
 from maskae.data.images import Picture
-from maskae.data.records import SPEC_FILE, RecordWriter
+from maskae.data.records import SHARDS_FILE, SPEC_FILE, RecordWriter, list_shards
 from maskae.data.resizing import resize
 from maskae.data.sources import open_source
 from maskae.data.spec import IMAGE, LABEL, BadRecord, DataSpec, split_hash
@@ -170,6 +171,7 @@ def run(flags: argparse.Namespace) -> int:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()}
     (partial / "prepare.json").write_text(json.dumps(settings | {"format": form, "broken": len(broken)}, indent=2, sort_keys=True) + "\n")
     (partial / "broken.txt").write_text("".join(line + "\n" for line in broken))
+    (partial / SHARDS_FILE).write_text(list_shards(partial))
     (partial / SPEC_FILE).write_text(spec.to_json())
     partial.rename(out)
     print(f"{out}: {spec.counts['train']} training and {spec.counts['val']} validation images, {len(broken)} broken ones left out")

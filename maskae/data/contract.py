@@ -54,6 +54,16 @@ class SourceArguments:
     split_seed: int
     channels: int | None
     statistics: str
+    shard_folder: str | None = None
+    shard_gigabytes: float = 0.0
+
+    @property
+    def url(self) -> str | None:
+        """The address without a slash at its end, where the path or the root is one (`gs://bucket/photos`); None for local paths."""
+        if "://" in self.path:
+            return self.path.rstrip("/")
+        root = self.root or os.environ.get("MASKAE_DATA") or ""
+        return f"{root.rstrip('/')}/{self.path}".rstrip("/") if "://" in root else None
 
     @property
     def base(self) -> Path:
@@ -64,6 +74,8 @@ class SourceArguments:
         """The file or folder on disk. Raises UserError where there is none, naming the nearest one beside it."""
         if not self.path:
             raise UserError(f"{self.name}: name the {kind} after a colon, as in {self.name.partition(':')[0]}:PATH")
+        if self.url:
+            raise UserError(f"{self.name}: only arrayrecord: reads {self.url}; tools/prepare_data.py makes its shards")
         path = self.base / Path(self.path).expanduser()
         if not (path.is_dir() if kind == "folder" else path.is_file()):
             parent = path.parent

@@ -1,13 +1,16 @@
 """`arrayrecord:PATH`: shards of image files with their labels, and the `spec.json` beside them.
 
-    PATH/spec.json  PATH/train-00000-of-00004.arrayrecord  ...  PATH/val-00000-of-00001.arrayrecord
+    PATH/spec.json  PATH/shards.json  PATH/train-00000-of-00004.arrayrecord  ...  PATH/val-00000-of-00001.arrayrecord
 
-`tools/prepare_data.py` writes them. A record is a msgpack map {"image": bytes of an image file, "label": int, "name": text}.
+`tools/prepare_data.py` writes them; shards.json says how many records and bytes each shard has, and its SHA-256.
+A record is a msgpack map {"image": bytes of an image file, "label": int, "name": text}.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +25,7 @@ from maskae.data.spec import IMAGE, LABEL, BadRecord, DataSpec
 from maskae.errors import UserError
 
 SPEC_FILE = "spec.json"
+SHARDS_FILE = "shards.json"
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,14 @@ class ArrayRecordSource:
 
     def name(self, index: int) -> str:
         """The name the record had in its own data set, or its number where the record is damaged."""
+        return f"{self.spec.name} record {index}{self.origin(index)}"
+
+    def origin(self, index: int) -> str:
+        """` (name in its own data set)`, or nothing where the record is damaged."""
         try:
-            return f"{self.spec.name} record {index} ({self._unpack(index)['name']})"
+            return f" ({self._unpack(index)['name']})"
         except BadRecord:
-            return f"{self.spec.name} record {index}"
+            return ""
 
 
 class RecordWriter:
@@ -96,6 +104,16 @@ class RecordWriter:
             self._next_shard()
         if self._writer is not None:
             self._writer.close()
+
+
+def list_shards(folder: Path) -> str:
+    """The text of shards.json for the shards in a folder: {file: {"records", "bytes", "sha256"}}."""
+    listed = {}
+    for path in sorted(folder.glob("*.arrayrecord")):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        listed[path.name] = {"records": len(ArrayRecordDataSource([str(path)])), "bytes": path.stat().st_size, "sha256": digest}
+    return json.dumps(listed, indent=1) + "\n"
 
 
 def open_array_record(arguments: SourceArguments) -> Source:

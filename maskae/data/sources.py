@@ -1,7 +1,8 @@
-"""Opens data sets by their name: `digits`, `folder:PATH`, `npz:PATH`, `arrayrecord:PATH`, `tfds:NAME`."""
+"""Opens data sets by their name: `digits`, `folder:PATH`, `npz:PATH`, `arrayrecord:PATH or gs://PATH`, `tfds:NAME`."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
 from maskae.data.folder import open_folder
 from maskae.data.records import open_array_record
+from maskae.data.remote import open_remote_records
 from maskae.data.spec import IMAGE, LABEL, NO_LABEL, DataSpec, split_hash
 from maskae.data.tfds import open_tfds
 from maskae.errors import UserError, nearest
@@ -75,10 +77,17 @@ class LimitedSource:
 
 @dataclass(frozen=True)
 class CachedSource:
-    """Keeps every record in memory after its first reading, encoded as it was read. Each worker process keeps its own copy."""
+    """Keeps records in memory after their first reading, encoded as they were read, until `limit` bytes are full.
+
+    What does not fit is read anew each time. The order is global, so every host comes to read every record, and each worker process has a
+    cache of its own.
+    """
 
     parent: Source
+    limit: float
     kept: dict[int, Record] = field(default_factory=dict)
+    used: list[int] = field(default_factory=lambda: [0])  # bytes
+    lock: Any = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def spec(self) -> DataSpec:
@@ -89,15 +98,19 @@ class CachedSource:
         return len(self.parent)
 
     def __getitem__(self, index: int) -> Record:
-        if index not in self.kept:
-            self.kept[index] = self.parent[index]
-        return dict(self.kept[index])
+        record = self.kept.get(index)
+        if record is None:
+            record = self.parent[index]
+            image = record[IMAGE]
+            size = len(image) if isinstance(image, bytes) else image.nbytes
+            with self.lock:
+                if index not in self.kept and self.used[0] + size <= self.limit:
+                    self.kept[index] = record
+                    self.used[0] += size
+        return dict(record)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"parent": self.parent, "kept": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def __reduce__(self) -> Any:
+        return CachedSource, (self.parent, self.limit)
 
     def name(self, index: int) -> str:
         """The parent's name of the record."""
@@ -194,11 +207,16 @@ def open_npz(arguments: SourceArguments) -> Source:
     return _array_source(arguments, parts, num_classes=highest + 1 if highest >= 0 else None)
 
 
+def open_records(arguments: SourceArguments) -> Source:
+    """ArrayRecord shards on disk or in a bucket."""
+    return open_remote_records(arguments) if arguments.url else open_array_record(arguments)
+
+
 SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "digits": open_digits,
     "folder": open_folder,
     "npz": open_npz,
-    "arrayrecord": open_array_record,
+    "arrayrecord": open_records,
     "tfds": open_tfds,
 }
 
@@ -214,6 +232,9 @@ def open_source(
     statistics: str = "measured",
     max_examples: int | None = None,
     cache: str = "none",
+    cache_gigabytes: float = 16.0,
+    shard_folder: str | None = None,
+    shard_gigabytes: float = 500.0,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -227,6 +248,9 @@ def open_source(
       statistics: `measured` on the training records (on 512 of them where they are files), or `imagenet`.
       max_examples: keep only the first so many records of the split.
       cache: `ram` keeps records in memory after their first reading, as they are stored; `none` does not.
+      cache_gigabytes: of one such cache (10^9 bytes); what does not fit is read anew each time. Each worker process has one.
+      shard_folder: where shards from a bucket are kept; by default `.cache/maskae/shards` in the home folder.
+      shard_gigabytes: of all shards kept there.
 
     Raises UserError for an unknown source or split, a missing or empty folder, or a split without records.
     """
@@ -240,9 +264,13 @@ def open_source(
         raise UserError(f"{source}: val_percent must be at least 0 and below 100, not {val_percent}")
     if max_examples is not None and max_examples < 1:
         raise UserError(f"{source}: max_examples must be at least 1, not {max_examples}")
-    opened = SOURCES[kind](SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics))
+    for what, value in (("cache_gigabytes", cache_gigabytes), ("shard_gigabytes", shard_gigabytes)):
+        if value <= 0:
+            raise UserError(f"{source}: {what} must be positive, not {value}")
+    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, shard_folder, shard_gigabytes)
+    opened = SOURCES[kind](arguments)
     if len(opened) == 0:
         raise UserError(f"{source}: no records in split '{split}' (val_percent is {val_percent})")
     if max_examples is not None:
         opened = LimitedSource(opened, max_examples)
-    return CachedSource(opened) if cache == "ram" else opened
+    return CachedSource(opened, cache_gigabytes * 1e9) if cache == "ram" else opened
