@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 300.0
 LONGEST_SILENCE_SECONDS = 100.0
+GRACE_SECONDS = 2.0
 LOST = 3  # exit status of a process that ends because another one was lost
 ENDED = "maskae/ended/"
 # What the runtimes of CPU (gloo), GPU (NCCL) and TPU, and the coordination service, say when the other end of a collective is gone.
@@ -277,9 +278,11 @@ class _Watch:
     """
 
     def __init__(self, timeout_seconds: float) -> None:
+        self._timeout = timeout_seconds
         self._silence = min(timeout_seconds, LONGEST_SILENCE_SECONDS)
         self._interval = min(5.0, self._silence / 4)
-        self._leaving = threading.Event()
+        self._leaving = threading.Event()  # no more meetings
+        self._ending = threading.Event()  # the main thread ends this process and says why
         self._index, self._count = jax.process_index(), jax.process_count()
         self._thread = threading.Thread(target=self._run, name="maskae-peers", daemon=True)
         self._thread.start()
@@ -290,26 +293,26 @@ class _Watch:
             cycle += 1
             try:
                 client.wait_at_barrier(f"maskae/alive/{cycle}", int(self._silence * 1000))
-                ended = dict(client.key_value_dir_get(ENDED))
+                told = dict(client.key_value_dir_get(ENDED))
             except (RuntimeError, ValueError) as error:
-                if not self._leaving.is_set():
+                if not self._ending.is_set() and not self._leaving.is_set():
                     end_now(self._line(f"{_missing(error)} gave no sign for {self._silence:g} s"), LOST)
                 return
             # Where all met the same error, each tells its own.
-            if ended and not self._leaving.wait(2 * self._interval):
-                end_now(self._line(next(iter(ended.values()))), LOST)
+            if told and not self._ending.wait(GRACE_SECONDS):
+                end_now(self._line(next(iter(told.values()))), LOST)
 
     def _line(self, reason: str) -> str:
         return f"error: process {self._index} of {self._count} ends, another process was lost: {reason}; the same command resumes"
 
     def fail(self, error: BaseException) -> None:
         """Tells the others why this process ends. Raises `error` where all of them end; else ends this process without waiting for them."""
-        self._leaving.set()
-        lost_peer = not isinstance(error, UserError) and LOST_PEER.search(str(error)) is not None
-        if lost_peer:
+        self._ending.set()
+        if not isinstance(error, UserError) and LOST_PEER.search(str(error)) is not None:
             end_now(self._line(self._told() or _first_line(error)), LOST)
         self._quietly(lambda: _client().key_value_set(f"{ENDED}{self._index}", f"process {self._index}: {_first_line(error)}"))
-        if isinstance(error, UserError) and self._quietly(lambda: self._meet("ended") or True):
+        if isinstance(error, UserError) and self._quietly(self._all_end):
+            self._leaving.set()
             jax.distributed.shutdown()
             raise error
         if not isinstance(error, (UserError, SystemExit)):
@@ -334,15 +337,18 @@ class _Watch:
             logger.debug("the coordination service does not answer: %s", error)
             return None
 
-    def _meet(self, name: str) -> None:
-        _client().wait_at_barrier(f"maskae/{name}", int(min(10.0, 2 * self._silence) * 1000))
+    def _all_end(self) -> bool:
+        """Waits until all processes have failed, at most as long as the others need to learn of it: process 0 must not go earlier."""
+        _client().wait_at_barrier("maskae/ended", int((2 * self._interval + 2 * GRACE_SECONDS) * 1000))
+        return True
 
     def leave(self) -> None:
         """Waits for the others to be done too, and leaves the service."""
         try:
-            barrier("end of the program", self._silence)
+            barrier("end of the program", self._timeout)
         except UserError as error:
             end_now(self._line(str(error)), LOST)
+        self._ending.set()
         self._leaving.set()
         jax.distributed.shutdown()
 
