@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskae.errors import UserError, nearest
@@ -84,14 +85,20 @@ class Topology:
         """Whether there is no compiler here for it."""
         return not self.chip.jax_name
 
-    def usable_links(self, extents: tuple[int, ...]) -> float:
-        """Links that a ring algorithm keeps busy per chip and direction, over a box of `extents` chips of this torus.
+    def usable_links(self, coordinates: Sequence[Sequence[int]]) -> float:
+        """Links that a ring over the chips at `coordinates` keeps busy per chip and direction; at least the one that all groups share.
 
         A dimension that is spanned whole and closes into a ring gives two (both ways round), another one that is spanned at all gives one.
+        Chips that lie s apart leave room for s such groups between them, which share the links.
         """
-        ring = self.chip.full_ring
-        return float(sum(2 if length == whole and length % ring == 0 else 1
-                         for length, whole in zip(extents, self.shape, strict=True) if length > 1))
+        links = 0.0
+        for axis, whole in enumerate(self.shape):
+            places = sorted({chip[axis] for chip in coordinates})
+            if len(places) > 1:
+                spacing = (places[-1] - places[0]) / (len(places) - 1)
+                closed = len(places) * spacing == whole and whole % self.chip.full_ring == 0
+                links += (2 if closed else 1) / spacing
+        return links or 1.0
 
 
 def shapes_of(kind: str) -> list[tuple[int, ...]]:

@@ -53,7 +53,7 @@ def program_collectives(program: Program, topology: Topology, coordinates: Seque
             continue
         payload = max(operands, _payload(line) - (operands if line.opcode.endswith("-start") else 0.0))
         wire = wire_bytes(kind, len(group), payload)
-        links = torus_links(topology, [coordinates[index] for index in group]) if kind != "collective-permute" else 1.0
+        links = topology.usable_links([coordinates[index] for index in group]) if kind != "collective-permute" else 1.0
         entry = found.setdefault((kind, len(group)), [0, 0.0, 0.0, 0.0])
         for index, amount in enumerate((1, payload, wire, wire / (links * topology.chip.link))):
             entry[index] += times * amount
@@ -117,17 +117,10 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
     return grid.transpose([int(axis) for axis in order.split(",")]) if order else grid
 
 
-def torus_links(topology: Topology, coordinates: Sequence[Sequence[int]]) -> float:
-    """Links that a ring over these chips keeps busy per chip and direction."""
-    dimensions = len(topology.shape)
-    extents = tuple(len({tuple(c)[axis] for c in coordinates}) for axis in range(dimensions))
-    return max(1.0, topology.usable_links(extents))
-
-
 def gpu_seconds(topology: Topology, kind: str, group: int, stride: int, payload: float) -> float:
     """Seconds of one collective over `group` GPUs that lie `stride` apart: within nodes over NVLink, then between nodes over the network.
 
-    The part between nodes carries only what is left after the sum within the node (Hierarchical rings, as NCCL does it).
+    The part between nodes carries only what is left after the sum within the node (hierarchical rings, as NCCL does it).
     """
     local = max(1, min(group, GPUS_PER_NODE // stride)) if stride < GPUS_PER_NODE else 1
     nodes = max(1, group // local)

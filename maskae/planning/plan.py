@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from maskae.experiment import Experiment, assumed_sources, build, open_sources, parameter_count
 from maskae.mesh import make_mesh
 from maskae.planning.chips import GPUS_PER_NODE, Topology
-from maskae.planning.collectives import Collective, gpu_seconds, program_collectives, torus_links, wire_bytes
+from maskae.planning.collectives import Collective, gpu_seconds, program_collectives, wire_bytes
 from maskae.planning.compile import CompiledStep, compile_step, shard_bytes, tpu_devices
 from maskae.planning.program import parse_program
 from maskae.planning.report import Flops, Memory, Report, Seconds
@@ -175,7 +175,7 @@ def _collective(topology: Topology, kind: str, count: int, group: int, stride: i
         seconds = count * gpu_seconds(topology, kind, group, stride, payload)
     else:
         box = list(np.ndindex(*topology.shape))[: group * stride : stride]
-        seconds = wire / (torus_links(topology, box) * topology.chip.link)
+        seconds = wire / (topology.usable_links(box) * topology.chip.link)
     return Collective(kind, group, count, count * payload, wire, seconds)
 
 

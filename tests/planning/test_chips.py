@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from maskae.errors import UserError
@@ -53,11 +54,21 @@ def test_every_offered_shape_parses():
                 assert parse_topology(f"{kind}:{'x'.join(map(str, shape))}").shape == shape
 
 
+def box(*extents: int, step: int = 1) -> list[tuple[int, ...]]:
+    return [tuple(step * place for place in chip) for chip in np.ndindex(*extents)]
+
+
 def test_a_closed_ring_has_two_links_and_a_line_one():
     pod, corner = parse_topology("v5e:16x16"), parse_topology("v5e:4x4")
-    assert pod.usable_links((16, 16)) == 4
-    assert pod.usable_links((16, 1)) == 2
-    assert pod.usable_links((8, 1)) == 1
-    assert corner.usable_links((4, 4)) == 2  # v5e closes rings only over 16 chips
-    assert parse_topology("v5p:4x4x4").usable_links((4, 4, 4)) == 6
-    assert parse_topology("v5p:2x2x1").usable_links((2, 2, 1)) == 2
+    assert pod.usable_links(box(16, 16)) == 4
+    assert pod.usable_links(box(16, 1)) == 2
+    assert pod.usable_links(box(8, 1)) == 1
+    assert corner.usable_links(box(4, 4)) == 2  # v5e closes rings only over 16 chips
+    assert parse_topology("v5p:4x4x4").usable_links(box(4, 4, 4)) == 6
+    assert parse_topology("v5p:2x2x1").usable_links(box(2, 2, 1)) == 2
+
+
+def test_groups_that_lie_between_each_other_share_links():
+    pod = parse_topology("v5e:16x16")
+    assert pod.usable_links(box(8, 1, step=2)) == 1  # the whole ring, for two groups
+    assert pod.usable_links(box(2, 8, step=2)) == 0.5 + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -22,10 +23,12 @@ SHALLOW = ("model.depth=2", "model.decoder_depth=1", "data.image_size=32", "mode
            "model.decoder_heads=2", "train.batch_size=512")
 
 
+@functools.cache
 def formula(*overrides: str, topology: str = "h100:8"):
     return plan(BASE, load_config(BASE, [*SHALLOW, *overrides]), parse_topology(topology), formula=True)
 
 
+@functools.cache
 def traced(*overrides: str):
     return trace_step(planned_experiment(load_config(BASE, [*SHALLOW, *overrides]), parse_topology("h100:8")))
 

@@ -92,8 +92,8 @@ def test_collectives_in_loops_count_with_the_trips_and_chains_once():
     assert (summed.kind, summed.group, summed.count, summed.payload) == ("all-reduce", 4, 12, 12 * 1024)
     assert (gathered.kind, gathered.group, gathered.count, gathered.payload) == ("all-gather", 4, 12, 12 * 4096)
     assert summed.wire == pytest.approx(12 * 1024 * 2 * 3 / 4) and gathered.wire == pytest.approx(12 * 4096 * 3 / 4)
-    # {0, 2, 4, 6} lies in two dimensions, {0, 1, 2, 3} in one: two links against one of 50 GB/s.
-    assert summed.seconds == pytest.approx(summed.wire / 100e9) and gathered.seconds == pytest.approx(gathered.wire / 50e9)
+    # {0, 2, 4, 6} takes the link between the rows and half of those along them, {0, 1, 2, 3} one row; a link is 50 GB/s.
+    assert summed.seconds == pytest.approx(summed.wire / 75e9) and gathered.seconds == pytest.approx(gathered.wire / 50e9)
 
 
 @pytest.mark.parametrize(
