@@ -43,7 +43,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--search", action="store_true", help="find the lightest rematerialisation and the largest per-chip batch that fit")
     parser.add_argument("--formula", action="store_true", help="estimate instead of compiling")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--table", action="store_true", help="plan MAE B, L, H on v5e, v5p, v6e and print a Markdown table (hours)")
+    parser.add_argument("--table", action="store_true", help="plan MAE B, L, H on v5e, v5p, v6e, or those whose name begins with "
+                        "--topology, and print a Markdown table (hours; with --formula, estimate what --cache does not hold)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep and reuse reports of --table here")
     flags, rest = parser.parse_known_args(plain)
     for word in rest:
@@ -65,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
 
     flags, overrides = parse(argv)
     if flags.table:
-        print("\n".join(table(flags.cache, overrides, flags.topology or "")))
+        print("\n".join(table(flags.cache, overrides, flags.topology or "", flags.formula)))
         return 0
     topology = parse_topology(flags.topology)
     config = load_config(flags.config, overrides)

@@ -131,9 +131,11 @@ def bounds(topology: Topology, flops: Flops, moved: float, collectives: list[Col
 
 
 def _compute_copy(experiment: Experiment) -> float:
-    """Bytes per chip of the parameters in the compute dtype, gathered over fsdp: what a step works with besides the stored ones."""
-    tensor = experiment.mesh.shape["tensor"]
-    return parameter_count(experiment.abstract_state["params"]) * _compute_size(experiment) / tensor
+    """Bytes per chip of the parameters in the compute dtype. Scanned blocks are gathered over fsdp one after the other, so that the copy
+    stays split; blocks in sequence are all gathered."""
+    sizes = experiment.mesh.shape
+    split = sizes["tensor"] * (sizes["fsdp"] if experiment.config.model.to_dict().get("scan", False) else 1)
+    return parameter_count(experiment.abstract_state["params"]) * _compute_size(experiment) / split
 
 
 def _compute_size(experiment: Experiment) -> int:

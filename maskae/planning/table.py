@@ -21,17 +21,23 @@ SLICES = {
 MODELS = ("base", "large", "huge")
 HEADER = (
     "| MAE | slice | chips | fsdp | batch per chip | remat | memory GiB (state + rest) | of | limits | compute / memory / links ms "
-    "| MFU at best | images/s at best |"
+    "| MFU at best | images/s at best | how |"
 )
 
 
-def table(cache: Path | None, overrides: Sequence[str] = (), only: str = "") -> list[str]:
-    """The table's lines. Reports are made one after the other, kept in `cache` and taken from there; `only` selects rows by the beginning
-    of their topology. Each compilation takes minutes."""
+def table(cache: Path | None, overrides: Sequence[str] = (), only: str = "", formula: bool = False) -> list[str]:
+    """The table's lines. Each compilation takes minutes.
+
+    Args:
+        cache: folder where compiled plans are kept and taken from.
+        overrides: of every row's config.
+        only: selects rows by the beginning of their topology.
+        formula: estimate the rows that are not in `cache` instead of compiling them.
+    """
     lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
     for model, topology, settings in rows():
         if topology.startswith(only):
-            lines.append(row(model, cached_plan(cache, model, topology, [*settings, *overrides])))
+            lines.append(row(model, cached_plan(cache, model, topology, [*settings, *overrides], formula)))
     return lines
 
 
@@ -56,13 +62,15 @@ def settings_of(model: str, kind: str, shape: str) -> list[str]:
     return settings
 
 
-def cached_plan(cache: Path | None, model: str, topology: str, overrides: Sequence[str]) -> Report:
-    """The plan of one row, from `cache` where it is there."""
+def cached_plan(cache: Path | None, model: str, topology: str, overrides: Sequence[str], formula: bool = False) -> Report:
+    """The plan of one row, from `cache` where it is there, else compiled and put there, or with `formula` estimated."""
     name = f"configs/mae.py:{model}"
     key = hashlib.sha256(json.dumps([name, topology, list(overrides)]).encode()).hexdigest()[:12]
     path = cache / f"{model}_{topology.replace(':', '_')}_{key}.json" if cache else None
     if path and path.is_file():
         return report_from_json(json.loads(path.read_text()))
+    if formula:
+        return plan(name, load_config(name, overrides), parse_topology(topology), formula=True)
     report = plan(name, load_config(name, overrides), parse_topology(topology))
     print(f"{name} {topology} {' '.join(overrides)}: {report.memory.total / GIB:.2f} GiB", file=sys.stderr, flush=True)
     if path:
@@ -82,4 +90,5 @@ def row(model: str, report: Report) -> str:
     else:
         times = " / ".join(f"{value * 1e3:.1f}" for value in (seconds.compute, seconds.memory, seconds.interconnect))
         cells += [seconds.binds, times, f"{(report.utilisation or 0) * 100:.0f} %", f"{report.examples_per_second or 0:,.0f}"]
+    cells.append(report.method)
     return "| " + " | ".join(cells) + " |"

@@ -152,9 +152,10 @@ def test_search_needs_something_to_choose():
 def test_the_table_has_the_models_on_every_slice_and_keeps_what_it_made(monkeypatch, tmp_path):
     report, made = formula(), []
 
-    def planned(name, config, topology):
+    def planned(name, config, topology, formula=False):
         made.append((name, topology.name))
-        return dataclasses.replace(report, topology=topology.name, chips=topology.size)
+        method = "formula" if formula else "compiled"
+        return dataclasses.replace(report, topology=topology.name, chips=topology.size, method=method)
 
     monkeypatch.setattr(table_module, "plan", planned)
     lines = table_module.table(tmp_path)
@@ -163,3 +164,6 @@ def test_the_table_has_the_models_on_every_slice_and_keeps_what_it_made(monkeypa
     assert {topology for _, topology in made} >= {"v5e:4x4", "v5e:16x16", "v5p:4x8x8", "v6e:16x16"}
     assert table_module.table(tmp_path) == lines and len(made) == 27
     assert len(table_module.table(tmp_path, (), "v5e:4x4")) == 2 + 3
+    next(tmp_path.glob("base_v5e_4x4_*")).unlink()
+    estimated = table_module.table(tmp_path, formula=True)
+    assert [line.endswith("| formula |") for line in estimated[2:]] == [True] + 26 * [False]
