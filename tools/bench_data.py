@@ -83,6 +83,7 @@ class Reading:
     size: int
     batch_size: int
     views: int
+    workers: int  # processes that share a host's cores; 0: threads of this one
 
 
 def write_photographs(folder: Path, count: int, seed: int = 0) -> None:
@@ -107,7 +108,14 @@ def pipeline_loader(name: str, source: Source, reading: Reading, views: int = 1)
 
     def start(parallel: int) -> Iterator[Any]:
         pipeline = Pipeline(
-            source, reading.transform, batch_size=reading.batch_size, seed=0, threads=parallel, max_bad_percent=100.0, views=views
+            source,
+            reading.transform,
+            batch_size=reading.batch_size,
+            seed=0,
+            threads=-(-parallel // max(reading.workers, 1)),
+            workers=reading.workers if parallel else 0,
+            max_bad_percent=100.0,
+            views=views,
         )
         return pipeline.iterate()
 
@@ -213,13 +221,15 @@ def reading_of(flags: argparse.Namespace, overrides: Sequence[str]) -> Reading:
         config = load_config(flags.config, overrides)
         data = config.data
         transform = make_transform(data.train_transform, data.channels, data.image_size)
-        return Reading(flags.source or data.source, data.root or None, transform, data.image_size, flags.batch_size, flags.views)
+        return Reading(
+            flags.source or data.source, data.root or None, transform, data.image_size, flags.batch_size, flags.views, flags.workers
+        )
     if overrides:
         raise UserError(f"--config.{overrides[0]} without --config")
     if not flags.source:
         raise UserError("give --source (such as folder:photos, or photographs) or --config")
     transform = make_transform((("random_resized_crop", {"size": flags.size, "scale": MAE_SCALE}),), 3)
-    return Reading(flags.source, None, transform, flags.size, flags.batch_size, flags.views)
+    return Reading(flags.source, None, transform, flags.size, flags.batch_size, flags.views, flags.workers)
 
 
 def run(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -227,6 +237,8 @@ def run(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
     for name in ("size", "batch_size", "views", "rounds", "batches", "count"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(flags, name)}")
+    if flags.workers < 0:
+        raise UserError(f"--workers must not be negative, not {flags.workers}")
     reading = reading_of(flags, overrides)
     record = flags.record or reading.source == PHOTOGRAPHS
     with tempfile.TemporaryDirectory() as name:
@@ -259,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="of the crops without --config; default: 224")
     parser.add_argument("--batch_size", type=int, default=64, help="default: 64")
     parser.add_argument("--views", type=int, default=1, help="also measure so many augmented views per decoded image; default: 1")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes of maskae's loaders for the host's figure; default: 0, threads only"
+    )
     parser.add_argument("--record", action="store_true", help="also measure the source as ArrayRecord shards, made for that")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loader; default: 7")
     parser.add_argument("--batches", type=int, default=4, help="per turn and core; default: 4")

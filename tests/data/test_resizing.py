@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from maskae.data import resizing
 from maskae.data.resizing import INTERPOLATIONS, Region, resize
 from maskae.errors import UserError
 
@@ -30,6 +31,19 @@ def test_photographs_equal_pils(photograph: np.ndarray, interpolation: str, regi
     assert difference.mean() < 0.3
     assert (difference <= 1).mean() > 0.995
     assert difference.max() <= 16
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_where_the_wheel_is_missing_pil_resizes(photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    image = np.concatenate([photograph, photograph], -1)[..., :channels]
+    region = (10.3, 20.6, 499.9, 374.7)
+    fast = resize(image, 60, 70, region=region)
+    monkeypatch.setattr(resizing, "simd", None)
+    slow = resize(image, 60, 70, region=region)
+    assert slow.shape == fast.shape == (60, 70, channels)
+    assert (np.abs(slow.astype(int) - fast) <= 1).mean() > 0.99
+    if channels == 3:
+        np.testing.assert_array_equal(slow, pil(image, 60, 70, "bicubic", region))
 
 
 def test_nearest_takes_pils_pixels(photograph: np.ndarray) -> None:

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from maskae.data.images import Picture
+from maskae.data.sources import open_source
+from maskae.data.transforms import make_transform
 from tools import bench_data, torch_loader
 
 QUICK = ["--rounds=2", "--batches=1", "--batch_size=4", "--size=32"]
@@ -60,6 +62,27 @@ def test_every_loader_is_measured_beside_torch(monkeypatch: pytest.MonkeyPatch, 
     assert lines[2].split("|")[4].strip() == f"{sum(ratio) / 2:.2f} ({ratio[0]:.2f}-{ratio[1]:.2f})"
 
 
+@pytest.mark.parametrize(("workers", "wanted"), [(0, [(0, 0), (6, 0)]), (4, [(0, 0), (2, 4)])])
+def test_a_hosts_cores_are_shared_by_its_processes(
+    workers: int, wanted: list[tuple[int, int]], photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    class Recorder:
+        def __init__(self, *_: Any, threads: int, workers: int, **__: Any):
+            made.append((threads, workers))
+
+        def iterate(self) -> Iterator[None]:
+            return iter(())
+
+    monkeypatch.setattr(bench_data, "Pipeline", Recorder)
+    reading = bench_data.Reading(f"folder:{photographs}", None, make_transform(()), 32, 4, 1, workers)
+    loader = bench_data.pipeline_loader("maskae", open_source(reading.source, "train"), reading)
+    loader.start(0)
+    loader.start(6)
+    assert made == wanted
+
+
 def test_a_config_gives_source_and_transform(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_data.main(["--config=configs/mae.py:tiny", *QUICK]) == 0
     out = capsys.readouterr().out
@@ -73,6 +96,7 @@ def test_a_config_gives_source_and_transform(capsys: pytest.CaptureFixture[str])
     [
         ([], "give --source (such as folder:photos, or photographs) or --config"),
         (["--source=photographs", "--rounds=0"], "--rounds must be at least 1, not 0"),
+        (["--source=photographs", "--workers=-1"], "--workers must not be negative, not -1"),
         (["--source=photographs", "--config.data.channels=1"], "--config.data.channels=1 without --config"),
         (["--source=foldr:x"], "did you mean 'folder'?"),
         (["--source=photographs", "--batch_size=5", "--views=2", "--count=4"], "batch_size 5 cannot be divided"),
