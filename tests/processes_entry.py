@@ -62,11 +62,12 @@ def run_all(runs: Sequence[Sequence[str]]) -> None:
 def main(argv: Sequence[str]) -> int:
     """One run by the program's own `main`, or all of `runs` by the processes that it joins."""
     spec, words = json.loads(argv[0]), list(argv[1:])
+    # The imports above have given the root logger a handler, after which the program's own setting would do nothing.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     if spec.get("signal"):
         send_signal(*spec["signal"])
     if not spec.get("runs"):
         return program.main(words)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     record_batches()
     flags, _ = program.parse([*spec["runs"][0], *words])
     with joined(Launch(flags.coordinator, flags.num_processes, flags.process_id, flags.process_timeout_seconds)):

@@ -59,9 +59,11 @@ def words(config: str, workdir: Path, *overrides: str) -> list[str]:
 
 
 def both(folder: Path, *overrides: str) -> list[list[str]]:
-    """The two runs that are compared between layouts: the MAE, evaluated at its end, and a loss with global negatives."""
-    evaluators = ("evaluate.evaluators={'knn': {'ks': (5,)}}", "evaluate.panels=1")
-    return [flags(folder / "mae", *evaluators, *overrides), words("tests/contrast_config.py", folder / "contrast", *overrides)]
+    """The two runs that are compared between layouts: the MAE, and a loss with global negatives."""
+    return [flags(folder / "mae", *overrides), words("tests/contrast_config.py", folder / "contrast", *overrides)]
+
+
+EVALUATED = ("evaluate.evaluators={'knn': {'ks': (5,)}}", "evaluate.panels=1")
 
 
 def free_port() -> int:
@@ -134,14 +136,14 @@ def run_here(runs: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def one(folder) -> Path:
     """One process with eight devices, data parallel: what the others are compared with."""
-    run_here(both(folder / "one"))
+    run_here(both(folder / "one", *EVALUATED))
     return folder / "one"
 
 
 @pytest.fixture(scope="module")
 def two(folder) -> Path:
     """Two processes with four devices each, parameters split over four."""
-    results = ended(launch(2, 4, [], runs=both(folder / "two", "mesh.fsdp=4")))
+    results = ended(launch(2, 4, [], runs=both(folder / "two", "mesh.fsdp=4", *EVALUATED)))
     assert [status for status, _ in results] == [0, 0], results
     return folder / "two"
 
