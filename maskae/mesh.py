@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskae.errors import UserError
 from maskae.paths import map_paths
@@ -98,7 +98,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     return block
 
 
-def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where the array called `name` lies: the first rule whose pattern matches, less the axes that do not divide `shape`."""
     for pattern, axes in RULES:
         if re.search(pattern, name) and len(axes) == len(shape):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError, nearest
 from maskae.nn.patches import patchify
-from maskae.nn.sharding import constrain
+from maskae.nn.sharding import constrain, gather_parameters
 
 Initializer = Callable[..., jax.Array]
 Dtype = Any
@@ -69,7 +69,8 @@ class PatchEmbed(nn.Module):
         fan_in = patches.shape[-1]
         kernel = self.param("kernel", xavier, (fan_in, self.width))
         bias = self.param("bias", uniform_fan_in(fan_in), (self.width,))
-        return patches @ kernel.astype(self.dtype) + bias.astype(self.dtype)  # [B, N, D]
+        kernel = gather_parameters({"kernel": kernel.astype(self.dtype)})["kernel"]
+        return patches @ kernel + bias.astype(self.dtype)  # [B, N, D]
 
 
 class QkvProjection(nn.Module):

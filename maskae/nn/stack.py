@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maskae.errors import UserError, nearest
 from maskae.nn.layers import Block, DropPath
+from maskae.nn.sharding import gather_parameters
 
 REMAT_POLICIES = ("none", "dots", "full", "offload")
 BLOCK_INPUT = "block_input"
@@ -91,7 +92,7 @@ def run_blocks(
 
     def apply(x: jax.Array, block_params: dict[str, Any], block_drop: DropPath | None) -> jax.Array:
         x = checkpoint_name(x, BLOCK_INPUT)
-        return plain.apply({"params": block_params}, x, attention_bias, block_drop)
+        return plain.apply({"params": gather_parameters(block_params)}, x, attention_bias, block_drop)
 
     step = rematerialise(apply, remat)
     if not scan:
