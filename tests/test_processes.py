@@ -204,24 +204,25 @@ def test_a_checkpoint_of_two_processes_goes_on_on_eight_devices(two, folder):
     assert_goes_on_like(two / "mae", workdir)
 
 
-def test_a_stop_and_a_kill_of_one_process_lose_nothing(two, tmp_path):
+def test_a_stop_and_a_kill_of_one_process_lose_nothing(one, tmp_path):
     """One run in three lives: SIGTERM to one process, then SIGKILL to one, then to the end."""
     workdir = tmp_path / "mae"
-    command = flags(workdir, "mesh.fsdp=4")
-    stopped = ended(launch(2, 4, command, signal=[1, 5, signal.SIGTERM]))
+    command = flags(workdir, "mesh.fsdp=2")
+    stopped = ended(launch(2, 1, command, signal=[1, 5, signal.SIGTERM]))
     assert [status for status, _ in stopped] == [0, 0], stopped
-    assert "process  host" in stopped[0][1] and "4 x cpu" in stopped[0][1] and "process  host" not in stopped[1][1]
+    assert "process  host" in stopped[0][1] and "1 x cpu" in stopped[0][1] and "process  host" not in stopped[1][1]
     assert complete(workdir / "checkpoints") == {6}, "agreed one step later, by both"
     began = time.monotonic()
-    killed = ended(launch(2, 4, command, signal=[1, 13, signal.SIGKILL]))
+    killed = ended(launch(2, 1, command, signal=[1, 13, signal.SIGKILL]))
     assert time.monotonic() - began < 60
     assert [status for status, _ in killed] == [3, -signal.SIGKILL], killed
     assert "another process was lost" in last_line(killed[0][1]) and "resumed at step 6" in killed[0][1]
     assert complete(workdir / "checkpoints") == {6, 10}
-    finished = ended(launch(2, 4, command))
+    finished = ended(launch(2, 1, command))
     assert [status for status, _ in finished] == [0, 0] and "resumed at step 10" in finished[0][1], finished
-    assert losses(workdir) == losses(two / "mae")
-    jax.tree.map(np.testing.assert_array_equal, stored(workdir, STEPS), stored(two / "mae", STEPS))
+    assert list(losses(workdir)) == list(range(1, STEPS + 1)) and int(stored(workdir, STEPS)["step"]) == STEPS
+    # Not bit for bit: gloo adds in the order in which pieces arrive.
+    np.testing.assert_allclose(list(losses(workdir).values()), list(losses(one / "mae").values()), rtol=1e-5)
 
 
 def test_a_process_that_falls_silent_ends_the_others(tmp_path):
