@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -195,8 +195,8 @@ class Experiment:
         return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
 
     @cached_property
-    def train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-        """The compiled step; the state that is passed in is given up."""
+    def train_step(self) -> jax.stages.Wrapped:
+        """The jitted step, (train state, batch) -> (train state, metrics); the state that is passed in is given up."""
         train = self.config.train
         if train.accumulate > 1 and getattr(self.system, "couples_examples", False):
             raise UserError(

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 LAST_VALUES = frozenset({"learning_rate", "skipped_steps", "nonfinite_in_a_row"})
 INTERRUPTED = 130
+COMPILE_SECONDS = 3600.0
 
 
 class StopRequested(Exception):
@@ -251,7 +252,12 @@ class Loop:
         if not compiling:
             return self.experiment.train_step(state, self.experiment.put(batch))
         with self.clock.pause("compile"):
-            return jax.block_until_ready(self.experiment.train_step(state, self.experiment.put(batch)))
+            placed = self.experiment.put(batch)
+            if jax.process_count() > 1:
+                # Collectives wait only seconds for a peer that still compiles (gloo 30 s), and process 0 alone fills the compilation cache.
+                self.experiment.train_step.lower(state, placed).compile()
+                barrier("first step compiled", COMPILE_SECONDS)
+            return jax.block_until_ready(self.experiment.train_step(state, placed))
 
     def open_monitors(self, stack: ExitStack, start: int, metadata: dict[str, Any] | None) -> None:
         """Everything that watches: writers, clock, progress bar, watchdog, profiler."""

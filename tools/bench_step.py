@@ -101,7 +101,7 @@ def compile_programs(experiment: Experiment) -> Programs:
     seconds: dict[str, dict[str, float]] = {}
     for name, program in jitted.items():
         began = time.perf_counter()
-        lowered = program.lower(state, batch)  # type: ignore[attr-defined]
+        lowered = program.lower(state, batch)
         traced = time.perf_counter()
         with uncached() if name == "step" else nullcontext():
             compiled[name] = lowered.compile()
