@@ -121,7 +121,7 @@ def flops_of(experiment: Experiment, traced: TracedStep, topology: Topology) -> 
         plain = trace_step(build(config, (experiment.train_source, experiment.val_source), experiment.mesh))
         recomputed = max(0.0, traced.products.flops - plain.products.flops)
     rows = experiment.config.train.batch_size / topology.size
-    return Flops(training, recomputed, rows * (training + recomputed))
+    return Flops(experiment.forward_flops, training, recomputed, rows * (training + recomputed))
 
 
 def bounds(topology: Topology, flops: Flops, moved: float, collectives: list[Collective]) -> Seconds:

@@ -36,9 +36,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Flops:
-    """Matrix-product FLOPs: `training` per example, three forward passes by formula; `recomputed` per example, what rematerialisation adds;
-    `per_chip` per step, with recomputation."""
+    """Matrix-product FLOPs per example by formula, of a `forward` pass and of `training` (three of them, unless a part is frozen);
+    `recomputed` per example, what rematerialisation adds; `per_chip` per step, with recomputation."""
 
+    forward: float
     training: float
     recomputed: float
     per_chip: float
@@ -149,8 +150,8 @@ def report_lines(report: Report) -> list[str]:
         f"  total       {_gib(memory.total)}  of {_gib(memory.usable).strip()} usable ({_gib(memory.capacity).strip()} memory): "
         + (f"fits, {_gib(memory.usable - memory.total).strip()} free" if report.fits else "DOES NOT FIT")
         + ("" if report.fits else f", {_gib(memory.total - memory.usable).strip()} too much"),
-        f"  matmul FLOP {_scaled(flops.per_chip)} per step: {_scaled(flops.training)} per example by formula (3 x forward)"
-        f" + {_scaled(flops.recomputed)} recomputed",
+        f"  matmul FLOP {_scaled(flops.per_chip)} per step: {_scaled(flops.training)} per example by formula"
+        f" ({flops.training / flops.forward:.3g} x forward) + {_scaled(flops.recomputed).strip()} recomputed",
     ]
     if report.seconds is None:
         return [*lines, "  nothing further: the compiler makes no program that does not fit"]

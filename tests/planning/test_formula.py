@@ -52,9 +52,17 @@ def test_rematerialisation_trades_memory_for_flops_and_scanning_changes_neither(
 def test_recomputation_is_stated_apart_and_not_part_of_the_utilisation():
     plain, full = formula("model.remat=none"), formula("model.remat=full")
     assert plain.flops.recomputed == 0 < full.flops.recomputed
-    assert plain.flops.training == full.flops.training
+    assert plain.flops.training == full.flops.training == 3 * full.flops.forward
     assert full.flops.per_chip == pytest.approx(64 * (full.flops.training + full.flops.recomputed))
     assert full.utilisation == pytest.approx(64 * full.flops.training / 989e12 / full.seconds.step)
+
+
+def test_a_frozen_encoder_is_not_trained():
+    overrides = ["model.depth=2", "model.width=32", "model.heads=2", "data.image_size=32"]
+    report = plan("probe", load_config("configs/mae_probe.py:base", overrides), parse_topology("h100:8"))
+    assert report.flops.forward < report.flops.training < 1.5 * report.flops.forward
+    times = f"({report.flops.training / report.flops.forward:.3g} x forward)"
+    assert times in "\n".join(report_lines(report)) and report.collectives[0].payload == 2 * report.parameters
 
 
 def test_the_slowest_resource_binds():
