@@ -210,7 +210,9 @@ class Loop:
                 write_atomically(self.workdir / "summary.json", json.dumps(self.summary(), indent=1))
             if metadata is None:
                 with self.stop.breaking():
-                    self.writer.scalars(0, self.evaluation.start(state, self.writer))
+                    row = self.evaluation.start(state, self.writer)
+                    if row:
+                        self.writer.scalars(0, row)
             self.clock.start(start)
             batches = stack.enter_context(self.experiment.pipeline.iterate(start))
             step = start

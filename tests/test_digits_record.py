@@ -1,6 +1,6 @@
 """The digits protocol over three seeds: minutes of training, the record behind the README's figures.
 
-    pytest -m slow tests/test_digits_record.py -s
+    pytest -n 0 -m slow tests/test_digits_record.py -s
 """
 
 from __future__ import annotations

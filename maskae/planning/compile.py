@@ -79,7 +79,7 @@ def compile_step(experiment: Experiment) -> CompiledStep:
     state, batch = experiment.abstract_state, experiment.batch_shapes()
     arguments = shard_bytes((state, batch))
     began = time.monotonic()
-    with _standard_error() as log, jax.set_mesh(experiment.mesh):
+    with _standard_error() as log, _without_cache(), jax.set_mesh(experiment.mesh):
         try:
             compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -94,6 +94,18 @@ def compile_step(experiment: Experiment) -> CompiledStep:
     result.seconds = time.monotonic() - began
     result.warnings = [line.strip() for line in log if REMATERIALISATION in line]
     return result
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """Keeps the program out of JAX's persistent cache, which cannot read back what was compiled without a chip."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def shard_bytes(tree: Any) -> float:
