@@ -123,7 +123,8 @@ def test_a_damaged_shard_is_never_read(bucket: type[Bucket], tmp_path: Path) -> 
         source[300]
     assert not list(tmp_path.glob("*.arrayrecord")) + list(tmp_path.glob("*.partial"))
     # Closed, or its threads would go on to fetch during the tests that follow.
-    with Pipeline(source, make_transform(()), batch_size=64, seed=0).iterate() as batches, pytest.raises(UserError, match="cannot be fetched"):
+    pipeline = Pipeline(source, make_transform(()), batch_size=64, seed=0)
+    with pipeline.iterate() as batches, pytest.raises(UserError, match="cannot be fetched"):
         next(batches)
 
 
