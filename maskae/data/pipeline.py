@@ -13,6 +13,7 @@ holds B/v different records. An epoch stays n elements, so that lengths of runs 
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import zlib
@@ -310,8 +311,14 @@ class EvaluationLoader:
             record = self.source[index]
             return self.transform(record[IMAGE], generator(0, index, "evaluation")), record[LABEL]
         except BadRecord as error:
-            logging.warning("broken record left out of the evaluation: %s: %s", self.source.name(index), error)
+            _name_left_out(self.source.name(index), str(error))
             return None, NO_LABEL
+
+
+@functools.cache
+def _name_left_out(name: str, reason: str) -> None:
+    """Names a record once, however often a run evaluates."""
+    logging.warning("broken record left out of the evaluation: %s: %s", name, reason)
 
 
 def _blank(source: Source, transform: Transform, images: list[np.ndarray | None]) -> np.ndarray:
