@@ -3,8 +3,11 @@
     python -m maskae.main --config configs/mae.py:tiny --workdir runs/mae_tiny
     python -m maskae.main --config configs/mae.py:base --workdir runs/mae_base --config.data.source=folder:/data/imagenet
 
-`:tiny`   scikit-learn's digits, 3,000 steps of 64: about two minutes on 2 CPU cores. The masked loss ends near 0.24 (0.544 is what a zero
-          prediction gives); logistic regression on frozen features with 10 labels per class near 0.88 (raw pixels 0.868, untrained 0.63).
+`:tiny`   scikit-learn's digits, 3,000 steps of 64: one to two minutes on 2 CPU cores. The masked loss ends at 0.229 to 0.235 (0.544 is what
+          a zero prediction gives); logistic regression on frozen features with 10 labels per class 0.893, 0.883, 0.881 with seeds 0, 1, 2
+          (raw pixels 0.870, untrained 0.63): `pytest -n 0 -m slow tests/test_digits_record.py -s`.
+`:small`  a folder of photographs at 96 pixels on one machine, 3 M parameters, 0.9 GFLOP per image and step; a start for your own images,
+          without figures of record.
 `:base`   ViT-B/16, ImageNet-1K, batch 4096, 1600 epochs: 1.2e20 FLOP, i.e. 256 TPU v3 cores for about a day.
           The paper: 83.6 % fine-tuned, 68.0 % linear probe (its GPU code 67.8 %).
 `:large`  ViT-L/16, 1600 epochs: 85.9 % fine-tuned, 75.8 % linear. Its 800 epochs took 42 hours on 64 V100.

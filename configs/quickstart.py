@@ -3,7 +3,7 @@
     python -m maskae.main --config configs/quickstart.py --workdir runs/quickstart
 
 It is `configs/mae.py:tiny` with un-normalised pixels, so that the reconstructions can be looked at as they are. Expect: masked loss from
-1.0 to about 0.27 (predicting each pixel's mean gives 0.517); logistic regression with 10 labels per class about 0.89 on the pretrained
+1.0 to about 0.27 (predicting each pixel's mean gives 0.517); logistic regression with 10 labels per class 0.88 to 0.89 on the pretrained
 encoder, 0.87 on raw pixels, 0.63 on the untrained encoder.
 """
 

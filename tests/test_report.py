@@ -132,7 +132,9 @@ def test_any_one_piece_may_be_missing(run: Path, tmp_path: Path, name: str) -> N
     for path in run.iterdir():
         if path.name not in (name, "report.html"):
             (tmp_path / path.name).symlink_to(path)
-    parse(write_report(tmp_path))
+    page = parse(write_report(tmp_path))
+    assert ("No panels" in page.text) == (name == "panels")
+    assert ("No evaluation numbers" in page.text) == (name == "evaluation.json")
 
 
 def test_run_without_labels_has_only_label_free_numbers(tmp_path: Path) -> None:

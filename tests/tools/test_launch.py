@@ -278,7 +278,10 @@ def test_secrets_are_refused_and_not_repeated(words: list[str], capsys: pytest.C
 
 @pytest.mark.parametrize("word", ["--config.model.mask_token=zeros", "--wandb_secret=wandb", "--secret_file=me/keys", "--config.seed=1234"])
 def test_honest_words_are_not_taken_for_secrets(word: str) -> None:
+    # It returns only where it does not refuse.
     commands.refuse_secrets([word])
+    with pytest.raises(UserError):
+        commands.refuse_secrets([word, "--wandb_api_key=abc"])
 
 
 def test_secret_is_read_by_the_machines_own_account(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
