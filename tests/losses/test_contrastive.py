@@ -106,7 +106,10 @@ def temperature_gradient(to_scale: float) -> float:
     return -to_scale / 0.1**2
 
 
-@pytest.mark.parametrize(("way", "case"), [*product(WAYS, ("bare", "stop", "groups", "lists", "soft")), ("ring_beside_tensor", "soft")])
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [*product(WAYS, ("stop", "groups", "soft")), *product(("plain", "blocked"), ("bare", "lists")), ("ring_beside_tensor", "soft")],
+)
 def test_info_nce_equals_the_twin(way: str, case: str) -> None:
     queries, keys = unit(B, D), unit(B, D, seed=2)
     out = np.zeros((B, B), bool)
@@ -170,7 +173,7 @@ def test_nt_xent_and_self_con_are_sup_con_of_two_views() -> None:
     np.testing.assert_allclose(self_con(first, second, labels, 5.0), twin_sup_con(views, labels, 5.0)[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["blocked", "ring"])
 def test_duplicates_give_the_logarithm_of_the_count(way: str) -> None:
     same = np.tile(unit(1, D), (B, 1))
     computation = computations()[way]
@@ -182,7 +185,7 @@ def test_duplicates_give_the_logarithm_of_the_count(way: str) -> None:
     assert float(value) == pytest.approx(np.log(2 * B - 1), rel=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["blocked", "ring"])
 def test_extreme_logits_stay_finite_and_right(way: str) -> None:
     queries, keys = 30 * unit(B, D), 30 * unit(B, D, seed=2)
     computation = computations()[way]
@@ -196,7 +199,8 @@ def test_extreme_logits_stay_finite_and_right(way: str) -> None:
 
 def test_half_precision_embeddings_are_summed_in_float32() -> None:
     queries, keys = jnp.asarray(unit(B, D), jnp.bfloat16), jnp.asarray(unit(B, D, seed=2), jnp.bfloat16)
-    value, (to_q, _) = jax.value_and_grad(lambda q, k: info_nce(q, k, 10.0, computation=computations()["blocked"]), (0, 1))(queries, keys)
+    loss = jax.jit(jax.value_and_grad(lambda q, k: info_nce(q, k, 10.0, computation=computations()["blocked"])))
+    value, to_q = loss(queries, keys)
     exact = [np.asarray(array, np.float32) for array in (queries, keys)]
     want = twin_info_nce(*exact, 10.0, out=np.zeros((B, B), bool), soft=None, stop=False)
     assert value.dtype == jnp.float32 and to_q.dtype == jnp.bfloat16
