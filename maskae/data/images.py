@@ -119,8 +119,8 @@ def _decode_with_pil(data: bytes, channels: int) -> np.ndarray:
             warnings.simplefilter("ignore")  # notes on odd metadata, one per file
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I") or image.mode == "F":
-                values = np.asarray(image, np.float64)
-                scale = 257 if values.max(initial=0) > 255 else 1
+                values: np.ndarray = np.asarray(image, np.float64)
+                scale = 257 if float(np.max(values, initial=0.0)) > 255 else 1
                 return to_channels(np.clip(values / scale, 0, 255).astype(np.uint8)[..., None], channels)
             array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except UnidentifiedImageError as error:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from maskae.planning.table import cached_plan, rows
 
 SHALLOW = ["--config.model.depth=1", "--config.model.decoder_depth=1", "--config.train.batch_size=256"]
 BASE = ["--config", "configs/mae.py:base"]
@@ -66,3 +69,16 @@ def test_bad_input_is_one_line_and_status_2(tool, capsys, words, message):
     assert tool.main(words) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+@pytest.mark.slow
+def test_the_table_of_record_fits_and_memory_per_chip_never_grows(tmp_path: Path) -> None:
+    """Compiles 27 rows, about an hour: `MASKAE_PLANS=plans pytest -n 0 -m slow tests/tools` keeps what is done in `plans`."""
+    cache = Path(os.environ.get("MASKAE_PLANS", tmp_path))
+    totals: dict[tuple[str, str], list[int]] = {}
+    for model, topology, overrides in rows():
+        report = cached_plan(cache, model, topology, overrides)
+        assert report.fits, (model, topology)
+        totals.setdefault((model, topology.partition(":")[0]), []).append(report.memory.total)
+    for slices, memory in totals.items():
+        assert memory == sorted(memory, reverse=True), slices
