@@ -60,7 +60,7 @@ def default_config() -> ConfigDict:
             "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
             "val_percent": 10.0,  # share split off for validation where the source has no split of its own
             "split_seed": 0,
-            "max_examples": 0,  # use only so many training records; 0: all
+            "max_examples": 0,  # use only so many training records, evenly spaced; 0: all
             "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
             "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet (the papers')
             "cache": "none",  # none | ram: keep what was read of each record in memory, as it is stored
@@ -124,7 +124,7 @@ def default_config() -> ConfigDict:
         "evaluate": {
             **duration(every_percent=100.0),
             "batch_size": 256,
-            "max_examples": 0,  # of each split; 0: all
+            "max_examples": 0,  # of each split, evenly spaced; 0: all
             "seed": 0,  # of the probes' draws; apart from the run's, so that runs with other seeds are probed alike
             "evaluators": {},  # name -> arguments, see maskae.evaluate.EVALUATORS
             "baselines": True,  # evaluate the untrained encoder and raw pixels too, once

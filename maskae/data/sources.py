@@ -52,7 +52,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class LimitedSource:
-    """The first `count` records of another source."""
+    """`count` records of another source, evenly spaced: a folder is in the order of its classes, and its first records are of one."""
 
     parent: Source
     count: int
@@ -68,11 +68,14 @@ class LimitedSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.parent[index]
+        return self.parent[self._spaced(index)]
 
     def name(self, index: int) -> str:
         """The parent's name of the record."""
-        return self.parent.name(index)
+        return self.parent.name(self._spaced(index))
+
+    def _spaced(self, index: int) -> int:
+        return index * len(self.parent) // len(self)
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ def open_source(
       split_seed: chooses which records are held out.
       channels: 1 or 3, what image files are read with; None takes what the source has (3 for `folder:`).
       statistics: `measured` on the training records (on 512 of them where they are files), or `imagenet`.
-      max_examples: keep only the first so many records of the split.
+      max_examples: keep only so many records of the split, evenly spaced.
       cache: `ram` keeps records in memory after their first reading, as they are stored; `none` does not.
       cache_gigabytes: of one such cache (10^9 bytes); what does not fit is read anew each time. Each worker process has one.
       shard_folder: where shards from a bucket are kept; by default `.cache/maskae/shards` in the home folder.

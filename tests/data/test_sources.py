@@ -267,3 +267,11 @@ def test_no_source_imports_tensorflow_or_torch(tfds_folder: Path, name: str) -> 
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2], env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_limit_takes_records_of_all_classes(photos: Path) -> None:
+    whole = open_source(f"folder:{photos}", "train", statistics="imagenet")
+    few = open_source(f"folder:{photos}", "train", statistics="imagenet", max_examples=len(whole) // 2)
+    labels = {whole[i]["label"] for i in range(len(whole))}
+    assert {few[i]["label"] for i in range(len(few))} == labels and len(labels) > 1
+    assert len({few.name(i) for i in range(len(few))}) == len(few)
