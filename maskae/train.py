@@ -30,7 +30,20 @@ from maskae.evaluate import to_host
 from maskae.evaluation import Evaluation
 from maskae.experiment import Experiment, build, data_metadata, open_or_assume
 from maskae.mesh import data_shard
-from maskae.monitor import Clock, LateMetrics, MultiWriter, Profiler, Progress, Watchdog, describe_run, machine_columns, open_writers
+from maskae.monitor import (
+    Clock,
+    LateMetrics,
+    MultiWriter,
+    Profiler,
+    Progress,
+    Watchdog,
+    describe_run,
+    format_seconds,
+    machine_columns,
+    mfu,
+    mfu_text,
+    open_writers,
+)
 from maskae.monitor.tables import write_atomically
 from maskae.processes import Agreement, barrier, check_shared_folder, gather
 from maskae.report import write_report
@@ -131,10 +144,23 @@ def conclude(loop: Loop, stop: Stop) -> None:
     if jax.process_index() != 0:
         return
     write_report(loop.workdir)
+    logger.info("%s", speed_line(loop))
     if stop.signal is None:
         for line in loop.evaluation.table():
             logger.info("%s", line)
     logger.info("report: %s", loop.workdir / "report.html")
+
+
+def speed_line(loop: Loop) -> str:
+    """How fast the run went, over all of its processes and resumes."""
+    totals = loop.clock.totals()
+    rate = totals["examples_seen"] / max(totals["train_seconds"], 1e-9)
+    utilisation = mfu_text(mfu(loop.experiment.train_flops / 3, rate, jax.devices()))
+    waiting = 100 * totals["data_wait_seconds"] / max(totals["train_seconds"], 1e-9)
+    return (
+        f"trained {format_seconds(totals['train_seconds'])}: {rate:,.0f} images/s, MFU {utilisation}, {waiting:.1f} % of it waiting for"
+        f" data, {totals['device_hours']:.3g} device-hours"
+    )
 
 
 def open_workdir(workdir: Path) -> None:

@@ -135,10 +135,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, monkeypatch
     assert_same_run(whole, workdir)
 
 
-def test_a_finished_run_is_left_as_it_is(whole):
+def test_a_finished_run_is_left_as_it_is_and_tells_its_speed(whole, caplog):
     before = (whole / "metrics.jsonl").read_bytes()
-    assert train.run(tiny_config(), whole) == 0
+    with caplog.at_level("INFO"):
+        assert train.run(tiny_config(), whole) == 0
     assert (whole / "metrics.jsonl").read_bytes() == before
+    speed = [record.getMessage() for record in caplog.records if "images/s" in record.getMessage()]
+    assert len(speed) == 1 and "MFU unknown" in speed[0] and "waiting for data" in speed[0]
 
 
 def test_a_longer_run_goes_on_from_a_finished_one_and_keeps_the_old_config(whole, tmp_path):
