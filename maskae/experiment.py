@@ -219,17 +219,17 @@ class Experiment:
     @property
     def forward_flops(self) -> float:
         """Matrix-product FLOPs of one forward pass per example, by formula."""
-        images = self.batch_shapes()["image"]
-        batch: Any = {"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}
-        return self.system.forward_flops(batch)
+        return self.system.forward_flops(self._prepared_shapes())
 
     @property
     def train_flops(self) -> float:
         """The same of one training step: three times the forward pass, or what a system with a frozen part says."""
-        images = self.batch_shapes()["image"]
-        batch: Any = {"image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}
         own = getattr(self.system, "train_flops", None)
-        return own(batch) if own is not None else 3 * self.forward_flops
+        return own(self._prepared_shapes()) if own is not None else 3 * self.forward_flops
+
+    def _prepared_shapes(self) -> Any:
+        """What a system's formulas read: the shape of the images after the device transform."""
+        return {"image": jax.ShapeDtypeStruct(self.batch_shapes()["image"].shape, jnp.float32)}
 
     def fresh_state(self) -> TrainState:
         """The initialised train state, each array where it belongs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,6 +90,7 @@ def row_block(devices: np.ndarray, process_index: int) -> tuple[int, int] | None
     return (first // count, len(owner) // count) if whole else None
 
 
+@functools.cache
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process reads block `index` of `count` equal blocks of every batch's rows. Raises UserError where it cannot."""
     block = row_block(mesh.devices, jax.process_index())

@@ -226,6 +226,8 @@ class Loop:
         self.save_every = experiment.every(config.checkpoint)
         self.evaluate_every = experiment.every(config.evaluate)
         self.evaluation = Evaluation(experiment, workdir)
+        # Once: it asks git and the package index, and every save carries it.
+        self.description = describe_run()
 
     def run(self, state: TrainState, metadata: dict[str, Any] | None) -> TrainState:
         """Takes the steps that are left, and returns the last state."""
@@ -259,7 +261,7 @@ class Loop:
 
     def summary(self) -> dict[str, Any]:
         """What this run is, for the report."""
-        return describe_experiment(self.experiment) | describe_run() | {"arguments": sys.argv[1:]}
+        return describe_experiment(self.experiment) | self.description | {"arguments": sys.argv[1:]}
 
     def next_batch(self, batches: Iterator[Batch], state: TrainState, step: int) -> Batch:
         """The batch of step `step` + 1. Where the data ends the run (too many broken records), what was learned is saved first.
@@ -386,7 +388,7 @@ class Loop:
         return {
             "config": json.loads(config_module.to_json(self.experiment.config)),
             "data": data_metadata(self.experiment.spec),
-            "run": describe_run(),
+            "run": self.description,
             "interval": self.late.state_dict(),
             "clock": self.clock.state_dict(),
             "bad_records": self.bad_records(),
