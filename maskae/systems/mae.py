@@ -12,45 +12,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError
 from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
 from maskae.masking import block_noise, draw_noise, grid_noise, keep_count, random_mask, take_tokens
 from maskae.nn.flops import block_flops, linear_flops
-from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES
-from maskae.nn.patches import patch_grid, patchify, unpatchify
+from maskae.nn.patches import patchify, unpatchify
 from maskae.nn.sharding import constrain
-from maskae.nn.stack import REMAT_POLICIES
 from maskae.nn.vit import MaeDecoder, ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
+from maskae.systems.vit_arguments import ViTArguments, check_choice, check_heads
 
 MASKERS = ("random", "block", "grid")
-POOLS = ("mean", "cls")
 
 
 @dataclass(frozen=True)
-class Mae:
-    """Arguments with the paper's ViT-B/16 values.
+class Mae(ViTArguments):
+    """Arguments with the paper's ViT-B/16 values, beside those of every ViT (`ViTArguments`).
 
     Args:
-        image_size: pixels, one number or (height, width).
         keep: kept patches per image; None takes int(L * (1 - mask_ratio)).
         masker: "random" (the method), or "block" or "grid" (the paper's ablations).
         norm_pix_loss: the target is each patch normalised by its own mean and deviation.
-        pool: what `features` calls pooled, "mean" of the patch tokens or "cls".
-        dtype: of the computation; parameters, norms, softmax and loss are float32.
-        scan, remat, attention: see `maskae.nn.stack.run_blocks` and `maskae.nn.layers.Attention`.
 
     Raises:
         UserError: where the sizes do not fit together or a name is unknown.
     """
 
-    image_size: int | tuple[int, int] = 224
-    channels: int = 3
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
@@ -58,28 +45,13 @@ class Mae:
     keep: int | None = None
     masker: str = "random"
     norm_pix_loss: bool = True
-    pool: str = "mean"
-    dtype: str = "float32"
-    scan: bool = False
-    remat: str = "none"
-    attention: str = "xla"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
-        choices = {"masker": MASKERS, "pool": POOLS, "dtype": DTYPES, "remat": REMAT_POLICIES, "attention": ATTENTION_IMPLEMENTATIONS}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
-        for part, width, heads in (("width", self.width, self.heads), ("decoder_width", self.decoder_width, self.decoder_heads)):
-            if width % heads:
-                raise UserError(f"{part}={width} is not a multiple of its {heads} heads")
+        super().__post_init__()
+        check_choice("masker", self.masker, MASKERS)
+        check_heads("decoder_width", self.decoder_width, self.decoder_heads)
         self.kept(self.grid)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
-        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return patch_grid(size[0], size[1], self.patch_size)
 
     def kept(self, grid: tuple[int, int]) -> int:
         """Number of kept patches. Raises UserError unless some are kept and some removed."""
@@ -90,27 +62,21 @@ class Mae:
         return keep
 
     @property
-    def compute(self) -> dict[str, Any]:
-        """How both halves compute."""
-        return {"dtype": jnp.dtype(self.dtype), "scan": self.scan, "remat": self.remat, "attention": self.attention}
-
-    @property
     def encoder(self) -> ViTEncoder:
         """The part that downstream tasks keep."""
-        return ViTEncoder(self.patch_size, self.width, self.depth, self.heads, self.grid, self.mlp_ratio, **self.compute)
+        return self.vit()
 
     @property
     def decoder(self) -> MaeDecoder:
         """The part that is thrown away after pre-training."""
-        outputs = self.patch_size**2 * self.channels
-        return MaeDecoder(self.decoder_width, self.decoder_depth, self.decoder_heads, outputs, self.mlp_ratio, **self.compute)
+        sizes = (self.decoder_width, self.decoder_depth, self.decoder_heads, self.patch_values, self.mlp_ratio)
+        return MaeDecoder(*sizes, **self.compute)
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Fresh parameters; the batch is not read."""
         encoder_key, decoder_key = jax.random.split(rng)
+        encoder = self.encoder.init(encoder_key, self.blank_images())["params"]
         rows, columns = self.grid
-        images = jnp.zeros((1, rows * self.patch_size, columns * self.patch_size, self.channels))
-        encoder = self.encoder.init(encoder_key, images)["params"]
         latent = jnp.zeros((1, 2, self.width))
         decoder = self.decoder.init(decoder_key, latent, jnp.arange(rows * columns)[None], self.grid)["params"]
         return Variables({"encoder": encoder, "decoder": decoder}, {})
@@ -122,7 +88,7 @@ class Mae:
         """
         encode: Any = partial(self.encoder.apply, {"params": params["encoder"]})
         decode: Any = partial(self.decoder.apply, {"params": params["decoder"]})
-        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        grid = self.grid_of(images)
         mask = random_mask(noise, self.kept(grid))
         embedded = encode(images, method="embed")  # [B, L, D]
         x_masked = constrain(take_tokens(embedded, mask.keep_indices), "batch")  # [B, n, D]
@@ -140,7 +106,7 @@ class Mae:
 
     def noise(self, images: jax.Array, example: jax.Array, rng: jax.Array) -> jax.Array:
         """The masking noise [B, L] of the chosen masker."""
-        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        grid = self.grid_of(images)
         if self.masker == "grid":
             return grid_noise(example, grid)
         if self.masker == "block":
@@ -162,9 +128,7 @@ class Mae:
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Final-norm outputs of the unmasked image: `cls` [B, D], `tokens` [B, L, D] in raster order, `pooled` [B, D]; float32."""
         encode: Any = self.encoder.apply
-        tokens = encode({"params": params["encoder"]}, batch["image"]).astype(jnp.float32)  # [B, 1+L, D]
-        cls, patches = tokens[:, 0], tokens[:, 1:]
-        return {"pooled": patches.mean(1) if self.pool == "mean" else cls, "cls": cls, "tokens": patches}
+        return self.named_features(encode({"params": params["encoder"]}, batch["image"]))
 
     def reconstruct(self, params: Params, state: State, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """Panels [B, H, W, C] in normalised units; kept patches show their own pixels. See `panel_labels` for what each one is."""
@@ -182,7 +146,7 @@ class Mae:
         else:
             raw, known = prediction, normalise_patches(prediction) * deviation + mean
         shown = {"original": patches, "masked": jnp.zeros_like(patches), "prediction": raw, "prediction_with_patch_statistics": known}
-        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        grid = self.grid_of(images)
         return {name: unpatchify(jnp.where(removed > 0, panel, patches), grid, self.patch_size) for name, panel in shown.items()}
 
     @property
@@ -194,9 +158,8 @@ class Mae:
 
     def forward_flops(self, batch: Batch) -> float:
         """Patch projection of all patches, encoder on 1 + kept tokens, decoder on 1 + L tokens; 19.6 GFLOP for ViT-B/16 at 224."""
-        rows, columns = patch_grid(batch["image"].shape[1], batch["image"].shape[2], self.patch_size)
-        length, values = rows * columns, self.patch_size**2 * self.channels
-        seen = 1 + self.kept((rows, columns))
-        encoder = linear_flops(length, values, self.width) + self.depth * block_flops(seen, self.width, self.mlp_ratio)
-        decoder = linear_flops(seen, self.width, self.decoder_width) + linear_flops(length, self.decoder_width, values)
-        return encoder + decoder + self.decoder_depth * block_flops(length + 1, self.decoder_width, self.mlp_ratio)
+        grid = self.grid_of(batch["image"])
+        length, kept = grid[0] * grid[1], self.kept(grid)
+        decoder = linear_flops(1 + kept, self.width, self.decoder_width) + linear_flops(length, self.decoder_width, self.patch_values)
+        decoder += self.decoder_depth * block_flops(1 + length, self.decoder_width, self.mlp_ratio)
+        return self.vit_flops(grid, kept) + decoder

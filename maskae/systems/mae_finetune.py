@@ -14,90 +14,52 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError
 from maskae.losses.classification import label_smoothing_cross_entropy, soft_target_cross_entropy
-from maskae.nn.flops import block_flops, linear_flops
+from maskae.nn.flops import linear_flops
 from maskae.nn.layers import LayerNorm
-from maskae.nn.patches import patch_grid
 from maskae.nn.transfer import adopt_encoder
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
+from maskae.systems.vit_arguments import ViTArguments
 
-POOLS = ("mean", "cls")
 # The released code asks for a normal truncated at -2 and 2 in absolute terms, far outside of what this deviation ever draws.
 HEAD_STD = 2e-5
 
 
 @dataclass(frozen=True)
-class FineTune:
-    """Arguments with the values of the ViT-B/16 recipe of the released code.
+class FineTune(ViTArguments):
+    """Arguments with the values of the ViT-B/16 recipe of the released code, beside those of every ViT (`ViTArguments`).
 
     Args:
-        image_size: pixels, one number or (height, width).
         drop_path: rate at the last block, rising linearly from 0 at the first.
         label_smoothing: of the loss on plain labels; soft targets (`batch["soft_label"]`, from mixup) are taken as they are.
         pool: "mean" of the patch tokens and a new norm `fc_norm` in place of the encoder's, or "cls" after the encoder's own norm.
-        dtype, scan, remat, attention: as in `maskae.systems.mae.Mae`.
 
     Raises:
         UserError: where the sizes do not fit together or a name is unknown.
     """
 
-    image_size: int | tuple[int, int] = 224
-    channels: int = 3
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
     num_classes: int = 1000
     drop_path: float = 0.1
     label_smoothing: float = 0.1
-    pool: str = "mean"
-    dtype: str = "float32"
-    scan: bool = False
-    remat: str = "none"
-    attention: str = "xla"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
-        if self.pool not in POOLS:
-            raise UserError(f"unknown pool '{self.pool}'{nearest(self.pool, POOLS)}; there are {', '.join(POOLS)}")
-        if self.width % self.heads:
-            raise UserError(f"width={self.width} is not a multiple of its {self.heads} heads")
+        super().__post_init__()
         for name, value in (("drop_path", self.drop_path), ("label_smoothing", self.label_smoothing)):
             if not 0 <= value < 1:
                 raise UserError(f"{name}={value}: must be in [0, 1)")
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
-        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return patch_grid(size[0], size[1], self.patch_size)
-
-    @property
     def encoder(self) -> ViTEncoder:
         """The pretrained part, its position table a parameter."""
-        compute: dict[str, Any] = {"dtype": jnp.dtype(self.dtype), "scan": self.scan, "remat": self.remat, "attention": self.attention}
-        return ViTEncoder(
-            self.patch_size,
-            self.width,
-            self.depth,
-            self.heads,
-            self.grid,
-            self.mlp_ratio,
-            trainable_position=True,
-            final_norm=self.pool == "cls",
-            drop_path=self.drop_path,
-            **compute,
-        )
+        return self.vit(trainable_position=True, final_norm=self.pool == "cls", drop_path=self.drop_path)
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Fresh parameters of encoder and head; the batch is not read. `with_encoder` puts the pretrained encoder in."""
         encoder_key, head_key = jax.random.split(rng)
-        rows, columns = self.grid
-        images = jnp.zeros((1, rows * self.patch_size, columns * self.patch_size, self.channels))
-        params = {"encoder": self.encoder.init(encoder_key, images)["params"]}
+        params = {"encoder": self.encoder.init(encoder_key, self.blank_images())["params"]}
         if self.pool == "mean":
             params["fc_norm"] = LayerNorm().init(head_key, jnp.zeros((1, self.width)))["params"]
         kernel = nn.initializers.normal(HEAD_STD)(head_key, (self.width, self.num_classes))
@@ -147,7 +109,4 @@ class FineTune:
 
     def forward_flops(self, batch: Batch) -> float:
         """Patch projection, blocks on 1 + N tokens, head."""
-        rows, columns = patch_grid(batch["image"].shape[1], batch["image"].shape[2], self.patch_size)
-        projection = linear_flops(rows * columns, self.patch_size**2 * self.channels, self.width)
-        blocks = self.depth * block_flops(1 + rows * columns, self.width, self.mlp_ratio)
-        return projection + blocks + linear_flops(1, self.width, self.num_classes)
+        return self.vit_flops(self.grid_of(batch["image"])) + linear_flops(1, self.width, self.num_classes)

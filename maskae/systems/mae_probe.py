@@ -6,7 +6,7 @@ learning rate, into a linear classifier, the only thing that is trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from maskae.errors import UserError, nearest
 from maskae.losses.classification import label_smoothing_cross_entropy
-from maskae.nn.flops import block_flops, linear_flops
-from maskae.nn.patches import patch_grid
+from maskae.nn.flops import linear_flops
 from maskae.nn.transfer import adopt_encoder
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
+from maskae.systems.vit_arguments import ViTArguments
 
-POOLS = ("cls", "mean")
 BATCH_NORM_EPSILON = 1e-6
 BATCH_NORM_MOMENTUM = 0.1
 # The released code asks for a normal truncated at -2 and 2 in absolute terms, far outside of what this deviation ever draws.
@@ -52,13 +50,11 @@ def batch_norm(x: jax.Array, statistics: dict[str, jax.Array], train: bool) -> t
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """Arguments with the paper's ViT-B/16 values.
+class LinearProbe(ViTArguments):
+    """Arguments with the paper's ViT-B/16 values, beside those of every ViT (`ViTArguments`).
 
     Args:
-        image_size: pixels, one number or (height, width).
         pool: the frozen feature, "cls" (the paper) or "mean" of the patch tokens, both after the encoder's final norm.
-        dtype, scan, attention: as in `maskae.systems.mae.Mae`.
 
     `state` holds the frozen `encoder` and the `batch_norm` statistics.
 
@@ -66,53 +62,25 @@ class LinearProbe:
         UserError: where the sizes do not fit together or a name is unknown.
     """
 
-    image_size: int | tuple[int, int] = 224
-    channels: int = 3
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
     num_classes: int = 1000
-    pool: str = "cls"
-    dtype: str = "float32"
-    scan: bool = False
-    attention: str = "xla"
+    pool: str = field(default="cls", kw_only=True)
 
     # Batch statistics: microbatches would change the loss.
     couples_examples: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is built."""
-        if self.pool not in POOLS:
-            raise UserError(f"unknown pool '{self.pool}'{nearest(self.pool, POOLS)}; there are {', '.join(POOLS)}")
-        if self.width % self.heads:
-            raise UserError(f"width={self.width} is not a multiple of its {self.heads} heads")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
-        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return patch_grid(size[0], size[1], self.patch_size)
-
     @property
     def encoder(self) -> ViTEncoder:
         """The frozen part. Its position table is stored, so that one resized from another resolution can be probed."""
-        compute: dict[str, Any] = {"dtype": jnp.dtype(self.dtype), "scan": self.scan, "attention": self.attention}
-        return ViTEncoder(
-            self.patch_size, self.width, self.depth, self.heads, self.grid, self.mlp_ratio, trainable_position=True, **compute
-        )
+        return self.vit(trainable_position=True)
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """A fresh head on an untrained encoder; the batch is not read. `with_encoder` puts the pretrained encoder in."""
         encoder_key, head_key = jax.random.split(rng)
-        rows, columns = self.grid
-        images = jnp.zeros((1, rows * self.patch_size, columns * self.patch_size, self.channels))
         kernel = nn.initializers.normal(HEAD_STD)(head_key, (self.width, self.num_classes))
         statistics = {"mean": jnp.zeros(self.width), "variance": jnp.ones(self.width)}
         return Variables(
             params={"head": {"kernel": kernel, "bias": jnp.zeros(self.num_classes)}},
-            state={"encoder": self.encoder.init(encoder_key, images)["params"], "batch_norm": statistics},
+            state={"encoder": self.encoder.init(encoder_key, self.blank_images())["params"], "batch_norm": statistics},
         )
 
     def with_encoder(self, variables: Variables, encoder: Params, grid: tuple[int, int] | None = None) -> Variables:
@@ -125,9 +93,7 @@ class LinearProbe:
     def encode(self, state: State, images: jax.Array) -> dict[str, jax.Array]:
         """[B, H, W, C] -> `cls` [B, D], `tokens` [B, N, D], `pooled` [B, D] of the frozen encoder, float32, without gradient."""
         encoded: Any = self.encoder.apply({"params": state["encoder"]}, images)
-        tokens = jax.lax.stop_gradient(encoded.astype(jnp.float32))  # [B, 1+N, D]
-        cls, patches = tokens[:, 0], tokens[:, 1:]
-        return {"pooled": cls if self.pool == "cls" else patches.mean(1), "cls": cls, "tokens": patches}
+        return self.named_features(jax.lax.stop_gradient(encoded))
 
     def classify(self, params: Params, statistics: dict[str, jax.Array], pooled: jax.Array, train: bool) -> Classified:
         """Frozen features [B, D] -> batch norm -> logits [B, K]."""
@@ -159,7 +125,4 @@ class LinearProbe:
 
     def forward_flops(self, batch: Batch) -> float:
         """Patch projection, blocks on 1 + N tokens, head."""
-        rows, columns = patch_grid(batch["image"].shape[1], batch["image"].shape[2], self.patch_size)
-        projection = linear_flops(rows * columns, self.patch_size**2 * self.channels, self.width)
-        blocks = self.depth * block_flops(1 + rows * columns, self.width, self.mlp_ratio)
-        return projection + blocks + linear_flops(1, self.width, self.num_classes)
+        return self.vit_flops(self.grid_of(batch["image"])) + linear_flops(1, self.width, self.num_classes)
