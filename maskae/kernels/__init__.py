@@ -1,0 +1,1 @@
+"""Kernels, each with a plain JAX twin of the same values and gradients."""
