@@ -213,9 +213,9 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _specs(split: Split, operands: Operands) -> Operands:
-    tokens = split.spec("batch", None, "heads")
-    specs = Operands(tokens, tokens, tokens, *(split.spec("batch"),) * 5, slopes=split.spec("heads"))
-    return Operands(*(None if array is None else spec for array, spec in zip(operands, specs, strict=True)))
+    specs = [split.spec("batch", None, "heads")] * 3 + [split.spec("batch")] * 5 + [split.spec("heads")]
+    used: Any = [None if array is None else spec for array, spec in zip(operands, specs, strict=True)]
+    return Operands(*used)
 
 
 def _on_platform(name: str, which: str, options: Options, *arguments: Any) -> Any:
