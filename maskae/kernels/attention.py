@@ -140,7 +140,7 @@ def _normalized(operands: Operands) -> Operands:
     """What the kernels are given: int32 segments, float32 positions and slopes."""
     integers = {name: getattr(operands, name) for name in ("query_segments", "key_segments")}
     floats = {name: getattr(operands, name) for name in ("query_positions", "key_positions", "slopes")}
-    changed = {name: None if each is None else each.astype(jnp.int32) for name, each in integers.items()}
+    changed: dict[str, Any] = {name: None if each is None else each.astype(jnp.int32) for name, each in integers.items()}
     changed |= {name: None if each is None else each.astype(jnp.float32) for name, each in floats.items()}
     return operands._replace(**changed)
 

@@ -10,7 +10,6 @@ the kernel of keys and values: no block of scores is ever transposed. The sizes 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -198,7 +197,7 @@ class _Layout:
         return pltpu.VMEM((self.heads, self.block["query"], 1), jnp.float32)
 
     def call(
-        self, kernel: Callable[..., None], down: str, more: dict[str, jax.Array], outputs: dict[str, Any], scratch: dict[str, Any]
+        self, kernel: functools.partial[None], down: str, more: dict[str, jax.Array], outputs: dict[str, Any], scratch: dict[str, Any]
     ) -> dict[str, jax.Array]:
         """Run `kernel` for every block of the axis `down` ("query" or "key"), walking innermost along the other one."""
         across = "key" if down == "query" else "query"
@@ -331,7 +330,8 @@ class _PairFacts(NamedTuple):
 
 
 def _pairs(inputs: Any) -> _PairFacts:
-    allowed = distance = None
+    allowed: Any = None
+    distance: Any = None
     if "ids_down" in inputs or "ids_across" in inputs:
         allowed = (inputs["ids_down"][...] if "ids_down" in inputs else 0) == (inputs["ids_across"][...] if "ids_across" in inputs else 0)
     if "positions_down" in inputs:
