@@ -44,6 +44,22 @@ def warmup_cosine(peak: float, minimum: float, warmup_steps: float, total_steps:
     return _with_warmup(peak, warmup_steps, after)
 
 
+def unshifted_cosine(peak: float, minimum: float, warmup_steps: float, total_steps: float) -> Schedule:
+    """Warm-up from `minimum`, then half a cosine whose phase counts from step 0, not from the end of the warm-up (timm's scheduler).
+
+    The rate drops at the end of the warm-up to what the cosine has come to. Codes that step it per epoch hold each epoch's value, and most
+    use the first one twice; here it is evaluated at every step.
+    """
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        ramp = minimum + (peak - minimum) * step / max(warmup_steps, 1e-9)
+        left = jnp.clip((total_steps - step) / total_steps, 0.0, 1.0)
+        return jnp.where(step < warmup_steps, ramp, minimum + (peak - minimum) * jnp.square(jnp.sin(0.5 * jnp.pi * left)))
+
+    return schedule
+
+
 def warmup_linear(peak: float, minimum: float, warmup_steps: float, total_steps: float) -> Schedule:
     """Warm-up, then a straight line to `minimum` at `total_steps`."""
 
@@ -79,7 +95,7 @@ def warmup_step(peak: float, warmup_steps: float, milestones: Sequence[float], f
     return _with_warmup(peak, warmup_steps, after)
 
 
-SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "step")
+SCHEDULES = ("cosine", "unshifted_cosine", "linear", "constant", "rsqrt", "step")
 
 
 def make_schedule(
@@ -106,6 +122,8 @@ def make_schedule(
         raise UserError(f"the warm-up of {warmup_steps:g} steps is longer than the run of {total_steps:g} steps")
     if name == "cosine":
         return warmup_cosine(peak, minimum, warmup_steps, total_steps)
+    if name == "unshifted_cosine":
+        return unshifted_cosine(peak, minimum, warmup_steps, total_steps)
     if name == "linear":
         return warmup_linear(peak, minimum, warmup_steps, total_steps)
     if name == "rsqrt":

@@ -168,7 +168,7 @@ def from_foreign(
             report.missing.append(path)
             continue
         parts = [given.pop(name) for name in names]
-        if path.endswith("position"):
+        if path.rsplit("/", 1)[-1] == "position":
             parts = [_fit_positions(parts[0], geometry.grid, file_grid, report)]
         expected = jax.eval_shape(lambda x, out=shape.out: out(x, geometry), leaf)
         wrong = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from maskae.interop.layout import LINEAR, OUT_PROJECTION, PATCH, SPLIT_BIAS, SPLIT_KERNEL, VALUE, VECTOR, Layout, Rule, Shape
 
 
-def _linear(ours: str, theirs: str) -> tuple[Rule, ...]:
+def linear(ours: str, theirs: str) -> tuple[Rule, ...]:
     return (Rule(f"{ours}/kernel", (f"{theirs}.weight",), LINEAR), Rule(f"{ours}/bias", (f"{theirs}.bias",), VECTOR))
 
 
-def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
+def norm(ours: str, theirs: str) -> tuple[Rule, ...]:
     return (Rule(f"{ours}/scale", (f"{theirs}.weight",), VECTOR), Rule(f"{ours}/bias", (f"{theirs}.bias",), VECTOR))
 
 
@@ -20,12 +20,12 @@ def _projection(ours: str, theirs: str, kernel: Shape) -> tuple[Rule, ...]:
 def paper_block(ours: str, theirs: str) -> tuple[Rule, ...]:
     """A block with one fused qkv matrix, as MAE's released code and timm name it; `{i}` in both is the block's number."""
     return (
-        *_norm(f"{ours}/norm1", f"{theirs}.norm1"),
+        *norm(f"{ours}/norm1", f"{theirs}.norm1"),
         *_projection(f"{ours}/attention/qkv", f"{theirs}.attn.qkv", LINEAR),
         *_projection(f"{ours}/attention/out", f"{theirs}.attn.proj", OUT_PROJECTION),
-        *_norm(f"{ours}/norm2", f"{theirs}.norm2"),
-        *_linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
-        *_linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
+        *norm(f"{ours}/norm2", f"{theirs}.norm2"),
+        *linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
+        *linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
         Rule(f"{ours}/layer_scale1", (f"{theirs}.ls1.gamma",), VALUE),
         Rule(f"{ours}/layer_scale2", (f"{theirs}.ls2.gamma",), VALUE),
     )
@@ -35,13 +35,13 @@ def huggingface_block(ours: str, theirs: str) -> tuple[Rule, ...]:
     """A block with separate query, key and value maps, as Hugging Face transformers name it."""
     attention = tuple(f"{theirs}.attention.attention.{part}" for part in ("query", "key", "value"))
     return (
-        *_norm(f"{ours}/norm1", f"{theirs}.layernorm_before"),
+        *norm(f"{ours}/norm1", f"{theirs}.layernorm_before"),
         Rule(f"{ours}/attention/qkv/kernel", tuple(f"{name}.weight" for name in attention), SPLIT_KERNEL),
         Rule(f"{ours}/attention/qkv/bias", tuple(f"{name}.bias" for name in attention), SPLIT_BIAS),
         *_projection(f"{ours}/attention/out", f"{theirs}.attention.output.dense", OUT_PROJECTION),
-        *_norm(f"{ours}/norm2", f"{theirs}.layernorm_after"),
-        *_linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense"),
-        *_linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense"),
+        *norm(f"{ours}/norm2", f"{theirs}.layernorm_after"),
+        *linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense"),
+        *linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense"),
     )
 
 
@@ -50,29 +50,29 @@ TIMM_ENCODER = (
     Rule("encoder/cls_token", ("cls_token",), VALUE),
     Rule("encoder/position", ("pos_embed",), VALUE),
     *paper_block("encoder/block_{i}", "blocks.{i}"),
-    *_norm("encoder/norm", "norm"),
-    *_norm("fc_norm", "fc_norm"),
-    *_linear("head", "head"),
+    *norm("encoder/norm", "norm"),
+    *norm("fc_norm", "fc_norm"),
+    *linear("head", "head"),
 )
 PAPER_DECODER = (
-    *_linear("decoder/embed", "decoder_embed"),
+    *linear("decoder/embed", "decoder_embed"),
     Rule("decoder/mask_token", ("mask_token",), VALUE),
     *paper_block("decoder/block_{i}", "decoder_blocks.{i}"),
-    *_norm("decoder/norm", "decoder_norm"),
-    *_linear("decoder/head", "decoder_pred"),
+    *norm("decoder/norm", "decoder_norm"),
+    *linear("decoder/head", "decoder_pred"),
 )
 HUGGINGFACE = (
     *_projection("encoder/patch_embed", "vit.embeddings.patch_embeddings.projection", PATCH),
     Rule("encoder/cls_token", ("vit.embeddings.cls_token",), VALUE),
     Rule("encoder/position", ("vit.embeddings.position_embeddings",), VALUE),
     *huggingface_block("encoder/block_{i}", "vit.encoder.layer.{i}"),
-    *_norm("encoder/norm", "vit.layernorm"),
-    *_linear("head", "classifier"),
-    *_linear("decoder/embed", "decoder.decoder_embed"),
+    *norm("encoder/norm", "vit.layernorm"),
+    *linear("head", "classifier"),
+    *linear("decoder/embed", "decoder.decoder_embed"),
     Rule("decoder/mask_token", ("decoder.mask_token",), VALUE),
     *huggingface_block("decoder/block_{i}", "decoder.decoder_layers.{i}"),
-    *_norm("decoder/norm", "decoder.decoder_norm"),
-    *_linear("decoder/head", "decoder.decoder_pred"),
+    *norm("decoder/norm", "decoder.decoder_norm"),
+    *linear("decoder/head", "decoder.decoder_pred"),
 )
 
 LAYOUTS: dict[str, Layout] = {

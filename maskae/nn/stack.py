@@ -58,6 +58,7 @@ def run_blocks(
     blocks: Sequence[Block],
     x: jax.Array,
     *,
+    position: jax.Array | None = None,
     attention_bias: jax.Array | None = None,
     drop: DropPath | None = None,
     scan: bool = False,
@@ -73,6 +74,7 @@ def run_blocks(
         module: the owner, whose parameters hold one dict `block_{i}` per block.
         blocks: submodules of `module` named `block_{i}`.
         x: [B, N, D] tokens.
+        position: added to the input of every block, broadcastable to [B, N, D] (Yu et al. 2022, Point-BERT).
         attention_bias: added to every block's scores, broadcastable to [B, heads, N, N].
         drop: rates [depth] and draws [depth, 2, B].
         collect: also return every block's output.
@@ -84,7 +86,7 @@ def run_blocks(
         rematerialise(lambda: None, remat)
     if module.is_initializing():
         for block in blocks:
-            x = block(x, attention_bias)
+            x = block(x if position is None else x + position, attention_bias)
         return x, None
     names = [str(block.name) for block in blocks]
     params = [module.variables["params"][name] for name in names]
@@ -92,6 +94,7 @@ def run_blocks(
 
     def apply(x: jax.Array, block_params: dict[str, Any], block_drop: DropPath | None) -> jax.Array:
         x = checkpoint_name(x, BLOCK_INPUT)
+        x = x if position is None else x + position
         return plain.apply({"params": gather_parameters(block_params)}, x, attention_bias, block_drop)
 
     step = rematerialise(apply, remat)

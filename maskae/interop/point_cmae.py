@@ -1,0 +1,273 @@
+"""Point-CMAE's and Point-MAE's weight names, and Point-CMAE's reference cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskae.errors import UserError
+from maskae.interop.case import GRADIENT, Case, Reproduced, exact
+from maskae.interop.layout import LINEAR, VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign, to_foreign
+from maskae.interop.vit import linear, norm, paper_block
+from maskae.losses.agreement import token_agreement
+from maskae.losses.chamfer import chamfer_distance
+from maskae.losses.classification import label_smoothing_cross_entropy
+from maskae.masking import Mask, random_mask, take_tokens
+from maskae.nn.batch_norm import STATISTICS
+from maskae.nn.point_augmentations import scale_and_shift
+from maskae.nn.points import Groups, farthest_point_sampling
+from maskae.optim import decay_mask
+from maskae.paths import flatten_paths, unflatten_paths
+from maskae.schedules import unshifted_cosine
+from maskae.systems.contract import Params, State, Variables
+from maskae.systems.point_classifier import PointClassifier
+from maskae.systems.point_cmae import PointCmae
+from maskae.systems.point_mae import removed_indices
+
+GEOMETRY = Geometry(1, (1, 1))
+# A map over single points is stored as a convolution of kernel size 1.
+CONVOLUTION = Shape(lambda x, _: (x.transpose(1, 0)[:, :, None],), lambda parts, shape: parts[0][:, :, 0].transpose(1, 0))
+# CLS tokens of several views, one tensor each.
+VIEWS = Shape(lambda x, _: tuple(x[i : i + 1] for i in range(x.shape[0])), lambda parts, _: np.concatenate(parts))
+# proj_cls, a head on the CLS token that feeds no loss: two linear maps and a batch norm.
+DEAD_DECAYING, DEAD_OTHERS = 2, 4
+
+
+def _convolution(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (Rule(f"{ours}/kernel", (f"{theirs}.weight",), CONVOLUTION), Rule(f"{ours}/bias", (f"{theirs}.bias",), VECTOR))
+
+
+def _statistics(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (Rule(f"{ours}/mean", (f"{theirs}.running_mean",), VECTOR), Rule(f"{ours}/variance", (f"{theirs}.running_var",), VECTOR))
+
+
+def _position(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (*linear(f"{ours}/fc1", f"{theirs}.0"), *linear(f"{ours}/fc2", f"{theirs}.2"))
+
+
+def _encoder(theirs: str) -> tuple[Rule, ...]:
+    """The encoder but for its CLS tokens; `theirs` ends with a dot or is empty. Statistics stand beside the parameters, under their path."""
+    return (
+        *_convolution("encoder/tokenizer/local1", f"{theirs}encoder.first_conv.0"),
+        *norm("encoder/tokenizer/local_norm", f"{theirs}encoder.first_conv.1"),
+        *_statistics(f"{STATISTICS}/encoder/tokenizer/local_norm", f"{theirs}encoder.first_conv.1"),
+        *_convolution("encoder/tokenizer/local2", f"{theirs}encoder.first_conv.3"),
+        *_convolution("encoder/tokenizer/group1", f"{theirs}encoder.second_conv.0"),
+        *norm("encoder/tokenizer/group_norm", f"{theirs}encoder.second_conv.1"),
+        *_statistics(f"{STATISTICS}/encoder/tokenizer/group_norm", f"{theirs}encoder.second_conv.1"),
+        *_convolution("encoder/tokenizer/group2", f"{theirs}encoder.second_conv.3"),
+        *_position("encoder/position_embed", f"{theirs}pos_embed"),
+        *paper_block("encoder/block_{i}", f"{theirs}blocks.blocks.{{i}}"),
+        *norm("encoder/norm", f"{theirs}norm"),
+    )
+
+
+def _decoder(ours: str, body: str, head: str, token: str, position: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{ours}/mask_token", (token,), VALUE),
+        *_position(f"{ours}/position_embed", position),
+        *paper_block(f"{ours}/block_{{i}}", f"{body}.blocks.{{i}}"),
+        *norm(f"{ours}/norm", f"{body}.norm"),
+        *_convolution(f"{ours}/head", f"{head}.0"),
+    )
+
+
+POINT_MAE = Layout((*_encoder("MAE_encoder."), *_decoder("decoder", "MAE_decoder", "increase_dim", "mask_token", "decoder_pos_embed")))
+POINT_CMAE = Layout((
+    Rule("encoder/cls_token", ("MAE_encoder.cls_token1", "MAE_encoder.cls_token2"), VIEWS),
+    Rule("encoder/cls_position", ("MAE_encoder.cls_pos1", "MAE_encoder.cls_pos2"), VIEWS),
+    *_encoder("MAE_encoder."),
+    *_decoder("decoder", "MAE_decoder", "increase_dim", "mask_token1", "decoder_pos_embed1"),
+    *_decoder("decoder_2", "MAE_decoder_", "increase_dim_", "mask_token2", "decoder_pos_embed2"),
+))
+HEAD = "cls_head_finetune"
+CLASSIFIER = Layout((
+    Rule("encoder/cls_token", ("cls_token",), VALUE),
+    Rule("encoder/cls_position", ("cls_pos",), VALUE),
+    *_encoder(""),
+    *(rule for i in (1, 2) for rule in linear(f"head/fc{i}", f"{HEAD}.{4 * (i - 1)}")),
+    *(rule for i in (1, 2) for rule in norm(f"head/norm{i}", f"{HEAD}.{4 * i - 3}")),
+    *(rule for i in (1, 2) for rule in _statistics(f"{STATISTICS}/head/norm{i}", f"{HEAD}.{4 * i - 3}")),
+    *linear("head/fc3", f"{HEAD}.8"),
+))
+LINEAR_CLASSIFIER = Layout((*linear("head/fc3", f"{HEAD}.0"), *CLASSIFIER.rules))
+
+
+def load(tensors: Mapping[str, np.ndarray], system: Any, layout: Layout) -> Variables:
+    """Official tensors by name as the variables of a system that is not frozen. Raises UserError naming what is missing or does not fit."""
+    fresh = jax.eval_shape(system.init, jax.random.key(0), {})
+    template = flatten_paths({**fresh.params, **fresh.state})
+    # Some are stored in half precision, to be read as they are.
+    wide = {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in tensors.items()}
+    flat, report = from_foreign(wide, template, layout, GEOMETRY)
+    if wrong := report.mismatched + [f"{name} is missing" for name in report.missing]:
+        raise UserError(f"the weights do not fit the model: {'; '.join(wrong[:3])}")
+    tree = unflatten_paths(jax.tree.map(jnp.asarray, flat))
+    state = {STATISTICS: {"head": {}, **tree.pop(STATISTICS)}} if "head" in tree else {STATISTICS: tree.pop(STATISTICS)}
+    return Variables(tree, state)
+
+
+def official_names(params: Params, layout: Layout = POINT_CMAE) -> dict[str, np.ndarray]:
+    """Parameters, gradients or statistics under the names and in the shapes of the released code."""
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_paths(params).items()}
+    return {name: np.asarray(value) for name, value in to_foreign(flat, layout, GEOMETRY)[0].items()}
+
+
+def sizes_of(case: Case) -> dict[str, Any]:
+    """The arguments that pre-training and classification share."""
+    model = case.record["config"]["model"]
+    transformer = model["transformer_config"]
+    return {
+        "groups": model["num_group"],
+        "group_size": model["group_size"],
+        "width": transformer["trans_dim"],
+        "depth": transformer["depth"],
+        "heads": transformer["num_heads"],
+        "drop_path": transformer["drop_path_rate"],
+    }
+
+
+def system_of(case: Case, pairing: str = "all") -> PointCmae:
+    """The system with the case's own options; the released code compares all pairs."""
+    config = case.record["config"]
+    transformer = config["model"]["transformer_config"]
+    reconstruction, agreement = config["loss_weights"]
+    return PointCmae(
+        **sizes_of(case),
+        decoder_depth=transformer["decoder_depth"],
+        decoder_heads=transformer["decoder_num_heads"],
+        mask_ratio=transformer["mask_ratio"],
+        masker={"rand": "random"}.get(transformer["mask_type"], transformer["mask_type"]),
+        chamfer={"cdl1": "l1", "cdl2": "l2"}[config["model"]["loss"]],
+        reconstruction_weight=reconstruction,
+        agreement_weight=agreement,
+        pairing=pairing,
+    )
+
+
+def augmented_points(case: Case) -> jax.Array:
+    """The recorded clouds with the recorded scales and shifts."""
+    return scale_and_shift(*(jnp.asarray(case.inputs[name]) for name in ("pts", "aug_scale", "aug_shift")))
+
+
+def recorded_masks(case: Case, system: PointCmae) -> tuple[Mask, ...]:
+    """The recorded masks, visible groups in order and then hidden ones in order."""
+    return tuple(random_mask(jnp.asarray(case.inputs[f"mask{view}"], jnp.float32), system.visible) for view in (1, 2))
+
+
+def replay_forward(case: Case, system: PointCmae, variables: Variables) -> dict[str, Reproduced]:
+    """Augmentation, groups, tokens, both views, both losses, and the eval-mode losses."""
+    points = augmented_points(case)
+    masks = recorded_masks(case, system)
+
+    @jax.jit
+    def forward(variables: Variables, groups: Groups) -> tuple[dict[str, Any], ...]:
+        params, state = variables
+        named = system.forward(params, state, groups, masks, train=True)
+        encoder = {"params": params["encoder"]}
+        visible = (take_tokens(named[name], masks[0].keep_indices) for name in ("tokens", "positions"))
+        named["blocks"] = system.encoder.apply(encoder, *visible, collect=True, method="encode").blocks
+        frozen = system.forward(params, state, groups, masks, train=False)
+        for each in (named, frozen):
+            both = masks[0].mask * masks[1].mask
+            each["chamfer"] = [chamfer_distance(p, t, variant=system.chamfer) for p, t in zip(each["prediction"], each["target"], strict=True)]
+            each["agreement"] = {pairing: token_agreement(*each["features"], both, pairing) for pairing in ("matched", "all")}
+            each["loss"] = system.objective(each, masks)[0]
+        return named, frozen
+
+    groups = system.group(points)
+    named, frozen = forward(variables, groups)
+    found = {"pts_aug": points, "center": groups.centres, "neighborhood": groups.offsets, "tokens": named["tokens"]}
+    found |= {"pos_embed": named["positions"], "loss": named["loss"], "loss_recon": sum(named["chamfer"])}
+    found |= {"loss_contras": named["agreement"]["all"], "contras_matched": named["agreement"]["matched"]}
+    found |= {"eval/loss_recon": sum(frozen["chamfer"]), "eval/loss_contras": frozen["agreement"]["all"], "eval/tokens": frozen["tokens"]}
+    found |= {f"block{i}_1": x for i, x in enumerate(named["blocks"])}
+    for view, mask in enumerate(masks):
+        order = jnp.concatenate([mask.keep_indices, removed_indices(mask)], axis=1)
+        found[f"x_vis{view + 1}"] = named["latent"][view]
+        found[f"de_feats{view + 1}"] = take_tokens(named["features"][view], order)
+        found[f"rebuild{view + 1}"] = named["prediction"][view]
+        found[f"loss_recon{view + 1}"] = named["chamfer"][view]
+    found |= {f"after1/{name}": value for name, value in official_names(named["state"]).items()}
+    shaped = {name: Reproduced(_first(case, name, value)) for name, value in found.items()}
+    picks = farthest_point_sampling(points, system.groups)
+    integers = {"fps_idx": picks, "knn_idx": groups.members, "comask": masks[0].mask * masks[1].mask}
+    return shaped | {name: exact(value) for name, value in integers.items()}
+
+
+def _first(case: Case, name: str, value: Any) -> np.ndarray:
+    """As many of the first examples as were recorded."""
+    value = np.asarray(value)
+    return value[: len(case.outputs[name])] if name in case.outputs and value.ndim else value
+
+
+def replay_gradients(case: Case, system: PointCmae, variables: Variables) -> dict[str, Reproduced]:
+    """`grad/<name>`, `gradnorm/<name>` of the total loss, `grad_contras/<name>` of the agreement term alone."""
+    masks = recorded_masks(case, system)
+    groups = system.group(augmented_points(case))
+
+    def losses(params: Params) -> tuple[jax.Array, jax.Array]:
+        named = system.forward(params, variables.state, groups, masks, train=True)
+        loss, metrics = system.objective(named, masks)
+        return loss, metrics["agreement"]
+
+    total, agreement = (official_names(tree) for tree in jax.jit(jax.jacrev(losses))(variables.params))
+    found = {f"grad/{name}": Reproduced(value, GRADIENT) for name, value in total.items()}
+    found |= {f"grad_contras/{name}": Reproduced(value, GRADIENT) for name, value in agreement.items()}
+    norms = {name: np.linalg.norm(value.astype(np.float64).ravel()) for name, value in total.items()}
+    largest = max(norms.values())
+    for name, norm in norms.items():
+        tiny = abs(case.outputs.get(f"gradnorm/{name}", np.float64(1))) < 1e-9
+        note = "its true gradient is 0: a bias before batch norm" if tiny else ""
+        found[f"gradnorm/{name}"] = Reproduced(norm, GRADIENT, absolute=1e-6 * largest if tiny else 0.0, note=note)
+    return found
+
+
+def replay_classifier(case: Case) -> dict[str, Reproduced]:
+    """Logits, cross-entropy and accuracy of the classifier in eval mode, on the same augmented clouds."""
+    options = case.record["config"]["finetune"]
+    linear = options["type"] == "linear"
+    points = augmented_points(case)
+    system = PointClassifier(**sizes_of(case), num_classes=options["cls_dim"], points=points.shape[1], head="linear" if linear else "mlp")
+    tensors = {name.removeprefix("MAE_encoder."): value for name, value in case.weights.items() if name.startswith("MAE_encoder.")}
+    tensors |= {name.removeprefix("finetune/"): value for name, value in case.weights.items() if name.startswith("finetune/")}
+    params, state = load(tensors, system, LINEAR_CLASSIFIER if linear else CLASSIFIER)
+    labels = jnp.asarray(case.inputs["label"])
+    logits = jax.jit(system.features)(params, state, {"points": points})["logits"]
+    loss = label_smoothing_cross_entropy(logits, labels, 0.0)
+    percent = 100 * (logits.argmax(-1) == labels).mean()
+    return {"finetune/logits": Reproduced(logits), "finetune/loss": Reproduced(loss), "finetune/acc_percent": Reproduced(percent)}
+
+
+def replay_parts(case: Case, variables: Variables) -> dict[str, Reproduced]:
+    """The Chamfer losses alone, the learning rates, and the numbers of decaying parameters."""
+    sets = jnp.asarray(case.inputs["chamfer/p"]), jnp.asarray(case.inputs["chamfer/t"])
+    found = {}
+    for variant in ("l1", "l2"):
+        value, gradient = jax.value_and_grad(lambda p, v=variant: chamfer_distance(p, sets[1], variant=v))(sets[0])
+        found |= {f"chamfer/{variant}": Reproduced(value), f"chamfer/d{variant}_dp": Reproduced(gradient, GRADIENT)}
+    options = case.record["config"]["scheduler"]
+    schedule = unshifted_cosine(options["lr"], 1e-6, options["initial_epochs"], options["epochs"])
+    # Stepped with e AFTER epoch e: the first two epochs share a rate.
+    rates = [float(schedule(max(epoch - 1, 0))) for epoch in range(options["epochs"] + 1)]
+    flat = flatten_paths(decay_mask(variables.params, ("vectors", "cls_token", "mask_token")))
+    names = {path: POINT_CMAE.names(path) for path in flat}
+    decays = sum(len(found_[0]) for path, found_ in names.items() if flat[path] and found_)
+    others = sum(len(found_[0]) for path, found_ in names.items() if not flat[path] and found_)
+    found |= {"decay_count": exact(decays + DEAD_DECAYING), "no_decay_count": exact(others + DEAD_OTHERS)}
+    return found | {"lr_per_epoch": Reproduced(rates)}
+
+
+def replay(case: Case) -> dict[str, Reproduced]:
+    """Every recorded output of a Point-CMAE case that is there to compare."""
+    system = system_of(case)
+    tensors = {name: value for name, value in case.weights.items() if not name.startswith("finetune/")}
+    variables = load(tensors, system, POINT_CMAE)
+    found = replay_parts(case, variables) | replay_forward(case, system, variables)
+    if case.wants("grad"):
+        found |= replay_gradients(case, system, variables)
+    return found | (replay_classifier(case) if case.wants("finetune/") else {})
