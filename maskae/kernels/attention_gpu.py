@@ -10,8 +10,8 @@ float32 operands are multiplied as jax.default_matmul_precision says, which by d
 Verified without a GPU, on jax 0.10.2 and 0.12: values and gradients in interpreter mode against float64, and that Triton's lowering rules
 take every kernel for CUDA (both tests/kernels/test_attention_gpu.py). By hand, the lowered kernels were compiled by Triton 3.9 for compute
 capabilities 8.0, 8.6, 9.0 and 10.0: at most 83 KB of shared memory, tensor cores in use, no register spilled but 104 bytes on 8.6 with
-every option at once. Not verified: numbers and times on a GPU. `auto` takes these kernels only where tools/bench_kernels.py found them to win.
-jax 0.12 announces that it will drop Triton; on a jax without it these functions say so.
+every option at once. Not verified: numbers and times on a GPU. `auto` takes these kernels only where tools/bench_kernels.py found that
+they win. jax 0.12 announces that it will drop Triton; on a jax without it these functions say so.
 """
 
 from __future__ import annotations
