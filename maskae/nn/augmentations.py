@@ -31,6 +31,7 @@ __all__ = [
     "rotate",
     "rotate90",
     "solarize",
+    "square_crop",
     "vertical_flip",
 ]
 
@@ -105,9 +106,26 @@ def random_resized_crop(
     """
     if method not in RESIZINGS:
         raise UserError(f"unknown resizing '{method}'{nearest(method, RESIZINGS)}; there are {', '.join(RESIZINGS)}")
-    target = (size, size) if isinstance(size, int) else tuple(size)
+    target = (size, size) if isinstance(size, int) else (size[0], size[1])
     boxes = draw_crop_boxes(example, key, (images.shape[1], images.shape[2]), scale, ratio)
     return resized_boxes(images, boxes, target, method)
+
+
+def square_crop(images: Array, example: Array, key: Array, size: int, sides: tuple[int, int]) -> Array:
+    """A random square whose side in pixels is uniform in `sides` (smallest, largest; at most the image's), resized bilinearly to `size`.
+
+    [B, H, W, C] -> [B, size, size, C].
+    """
+    height, width = images.shape[1:3]
+    low, high = (min(side, height, width) for side in sides)
+
+    def one(key: Array) -> Array:
+        side_key, place_key = jax.random.split(key)
+        side = jnp.broadcast_to(jax.random.randint(side_key, (), low, high + 1), (2,))
+        room = jnp.asarray((height, width), jnp.int32) - side
+        return jnp.concatenate([jax.random.randint(place_key, (2,), 0, room + 1), side])
+
+    return resized_boxes(images, each(one, example, key), (size, size))
 
 
 def resized_boxes(images: Array, boxes: Array, size: tuple[int, int], method: str = "bilinear") -> Array:

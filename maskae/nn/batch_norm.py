@@ -19,11 +19,11 @@ STATISTICS = "batch_stats"
 
 
 class Moments(NamedTuple):
-    """`mean` and biased `variance` float32 [C], and `count`, the float32 number of positions that they were taken over."""
+    """`mean` and biased `variance` float32 [C], and `positions`, the float32 number of positions that they were taken over."""
 
     mean: jax.Array
     variance: jax.Array
-    count: jax.Array
+    positions: jax.Array
 
 
 def moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
@@ -34,7 +34,7 @@ def moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
         mask: bool (or 0 and 1), broadcastable to x.shape[:-1] (visible cells, valid points); None takes all positions.
 
     Returns:
-        float32 `Moments`. No visible position at all gives mean and variance 0 and count 0.
+        float32 `Moments`. No visible position at all gives mean and variance 0 and 0 positions.
     """
     wide = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
@@ -52,10 +52,10 @@ def moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
 
 def moved_statistics(running: dict[str, jax.Array], batch: Moments, momentum: float) -> dict[str, jax.Array]:
     """Running `mean` and `variance` [C] moved by `momentum` towards the batch's mean and UNBIASED variance, without gradient."""
-    unbiased = batch.variance * batch.count / jnp.maximum(batch.count - 1, 1.0)
+    unbiased = batch.variance * batch.positions / jnp.maximum(batch.positions - 1, 1.0)
     new = jax.lax.stop_gradient({"mean": batch.mean, "variance": unbiased})
     # A batch in which nothing is visible says nothing.
-    rate = jnp.where(batch.count > 0, momentum, 0.0)
+    rate = jnp.where(batch.positions > 0, momentum, 0.0)
     return {name: running[name] + rate * (new[name] - running[name]) for name in new}
 
 

@@ -35,7 +35,7 @@ def test_a_full_mask_is_no_mask_and_one_cell_twice_counts_as_once() -> None:
     once, twice = moments(X[:1], MASK[:1]), moments(jnp.concatenate([X[:1]] * 2), jnp.concatenate([MASK[:1]] * 2))
     np.testing.assert_allclose(once.mean, twice.mean, atol=1e-6)
     np.testing.assert_allclose(once.variance, twice.variance, atol=1e-6)
-    assert float(twice.count) == 2 * float(once.count)
+    assert float(twice.positions) == 2 * float(once.positions)
 
 
 def test_evaluation_uses_and_keeps_the_running_statistics() -> None:
