@@ -29,7 +29,8 @@ class ViTEncoder(nn.Module):
     """Patch embedding, positions, CLS token, pre-LN blocks, final norm.
 
     The position table is the fixed sine-cosine one of whatever grid the images have, or with `trainable_position` a parameter `position`
-    [1, 1+N, D] for `grid`, resized bicubically for images of another size.
+    [1, 1+N, D] for `grid`, resized bicubically for images of another size. `with_cls` and `with_position` False leave out the CLS token
+    and every position (an encoder whose attention bias says where tokens are).
     """
 
     patch_size: int
@@ -39,6 +40,8 @@ class ViTEncoder(nn.Module):
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
     trainable_position: bool = False
+    with_cls: bool = True
+    with_position: bool = True
     final_norm: bool = True
     qkv_bias: str = "all"
     layer_scale: float | None = None
@@ -52,7 +55,8 @@ class ViTEncoder(nn.Module):
     def setup(self) -> None:
         """Declare the submodules under the names that stored weights have."""
         self.patch_embed = PatchEmbed(self.patch_size, self.width, self.dtype)
-        self.cls_token = self.param("cls_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
+        if self.with_cls:
+            self.cls_token = self.param("cls_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
         if self.trainable_position:
             self.position = self.param("position", lambda _: jnp.asarray(sincos_2d(self.width, self.grid))[None])
         self.blocks = [
@@ -79,8 +83,10 @@ class ViTEncoder(nn.Module):
 
     def embed(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> patch tokens with their positions [B, N, D], in raster order, without CLS."""
-        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
-        tokens = self.patch_embed(images) + self.position_table(grid)[:, 1:].astype(self.dtype)
+        tokens = self.patch_embed(images)
+        if self.with_position:
+            grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+            tokens = tokens + self.position_table(grid)[:, 1:].astype(self.dtype)
         return constrain(tokens, "batch")  # [B, N, D]
 
     def encode(
@@ -90,7 +96,7 @@ class ViTEncoder(nn.Module):
         attention_bias: jax.Array | None = None,
         collect: bool = False,
     ) -> Encoded:
-        """Patch tokens [B, n, D], any subset in any order -> CLS and patch tokens [B, 1+n, D].
+        """Patch tokens [B, n, D], any subset in any order -> CLS and patch tokens [B, 1+n, D]; without CLS [B, n, D].
 
         Args:
             tokens: what `embed` gave, masked or not.
@@ -98,13 +104,16 @@ class ViTEncoder(nn.Module):
             attention_bias: broadcastable to [B, heads, 1+n, 1+n].
             collect: also return every block's output.
         """
-        # The CLS position is looked up on the table's own grid: resizing leaves that row as it is.
-        cls = (self.cls_token + self.position_table(self.grid)[:, :1]).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (tokens.shape[0], 1, self.width)), tokens], axis=1)  # [B, 1+n, D]
+        x = self._prepend_cls(tokens) if self.with_cls else tokens  # [B, (1+)n, D]
         drop = None if draws is None or not self.drop_path else DropPath(drop_path_rates(self.drop_path, self.depth), draws)
         options: dict[str, Any] = {"scan": self.scan, "remat": self.remat, "collect": collect}
         x, blocks = run_blocks(self, self.blocks, x, attention_bias=attention_bias, drop=drop, **options)
         return Encoded(self.norm(x) if self.final_norm else x, blocks)
+
+    def _prepend_cls(self, tokens: jax.Array) -> jax.Array:
+        # The CLS position is looked up on the table's own grid: resizing leaves that row as it is.
+        cls = self.cls_token + self.position_table(self.grid)[:, :1] if self.with_position else self.cls_token
+        return jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (tokens.shape[0], 1, self.width)), tokens], axis=1)
 
     def __call__(self, images: jax.Array, keep_indices: jax.Array | None = None, draws: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] -> [B, 1+n, D], CLS first; `keep_indices` int32 [B, n] selects patches, None keeps all of them."""
@@ -115,13 +124,18 @@ class ViTEncoder(nn.Module):
 
 
 class MaeDecoder(nn.Module):
-    """Mask tokens in the places of removed patches, fixed positions, pre-LN blocks, norm, one linear map to the patch's values."""
+    """Mask tokens in the places of removed patches, fixed positions, pre-LN blocks, norm, one linear map to the patch's values.
+
+    `with_cls` False: the encoder's output has no CLS token in front.
+    """
 
     width: int
     depth: int
     heads: int
     outputs: int
     mlp_ratio: float = 4.0
+    with_cls: bool = True
+    qkv_bias: str = "all"
     epsilon: float = 1e-6
     attention: str = "xla"
     scan: bool = False
@@ -133,24 +147,37 @@ class MaeDecoder(nn.Module):
         self.embed = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier)
         self.mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
         self.blocks = [
-            Block(self.heads, self.mlp_ratio, epsilon=self.epsilon, attention=self.attention, dtype=self.dtype, name=f"block_{i}")
+            Block(
+                self.heads,
+                self.mlp_ratio,
+                self.qkv_bias,
+                epsilon=self.epsilon,
+                attention=self.attention,
+                dtype=self.dtype,
+                name=f"block_{i}",
+            )
             for i in range(self.depth)
         ]
         self.norm = LayerNorm(self.epsilon, self.dtype)
         self.head = nn.Dense(self.outputs, dtype=self.dtype, kernel_init=xavier)
 
     def restore(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Encoder output [B, 1+n, D], CLS first, and `restore` int32 [B, N] -> decoder input [B, 1+N, d] with positions, raster order."""
-        x = self.embed(latent)  # [B, 1+n, d]
-        patches = restore_tokens(x[:, 1:], self.mask_token.astype(self.dtype), restore)  # [B, N, d]
-        x = jnp.concatenate([x[:, :1], patches], axis=1)  # [B, 1+N, d]
-        return constrain(x + jnp.asarray(sincos_2d(self.width, grid), self.dtype), "batch")
+        """Encoder output [B, (1+)n, D], CLS first, `restore` int32 [B, N] -> decoder input [B, (1+)N, d] with positions, raster order."""
+        x = self.embed(latent)  # [B, (1+)n, d]
+        patches = restore_tokens(x[:, self.prefix :], self.mask_token.astype(self.dtype), restore)  # [B, N, d]
+        x = jnp.concatenate([x[:, : self.prefix], patches], axis=1)  # [B, (1+)N, d]
+        return constrain(x + jnp.asarray(sincos_2d(self.width, grid, self.with_cls), self.dtype), "batch")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches."""
+        return 1 if self.with_cls else 0
 
     def decode(self, x: jax.Array, collect: bool = False) -> Encoded:
-        """Decoder input [B, 1+N, d] -> prediction of every patch [B, N, p*p*C], CLS dropped."""
+        """Decoder input [B, (1+)N, d] -> prediction of every patch [B, N, p*p*C], CLS dropped."""
         x, blocks = run_blocks(self, self.blocks, x, scan=self.scan, remat=self.remat, collect=collect)
-        return Encoded(self.head(self.norm(x[:, 1:])), blocks)  # [B, N, p*p*C]
+        return Encoded(self.head(self.norm(x[:, self.prefix :])), blocks)  # [B, N, p*p*C]
 
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Both steps: [B, 1+n, D] -> [B, N, p*p*C]."""
+        """Both steps: [B, (1+)n, D] -> [B, N, p*p*C]."""
         return self.decode(self.restore(latent, restore, grid)).tokens
