@@ -18,11 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maskae.errors import UserError, nearest
-
-SUFFIXES = ("steps", "epochs", "examples", "percent")
-
-# Groups whose keys the default config cannot know; the command line may replace one as a whole: --config.evaluate.evaluators="{'knn': {}}"
-OPEN_GROUPS = ("optimizer.arguments", "evaluate.evaluators")
+from maskae.merging import OPEN_GROUPS, SUFFIXES, all_keys, is_duration, siblings, stage_config
 
 
 def duration(**given: float) -> dict[str, Any]:
@@ -54,13 +50,17 @@ def default_config() -> ConfigDict:
         "seed": 0,  # of initialisation, data order, augmentation and masks
         "system": "mae",  # a name of maskae.systems.SYSTEMS
         "model": {},  # arguments of the system
-        "init_from": "",  # a run folder or a weights file to start from; empty: from scratch
+        "init_from": "",  # a run folder or a weights file to start from, or stage:NAME, an earlier stage; empty: from scratch
+        # Runs one after the other, each in a folder of its own, by name; `stage` holds for each name what differs from the keys here.
+        "stages": (),
+        "stage": {},
         "data": {
             "source": "digits",  # digits | folder:/path | arrayrecord:/path or gs://bucket/path | tfds:name | npz:/path
             "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
             "val_percent": 10.0,  # share split off for validation where the source has no split of its own
             "split_seed": 0,
             "max_examples": 0,  # use only so many training records, evenly spaced; 0: all
+            "fields": {},  # arrays of a record besides the image, {"points": "float32[1024,3]"}, for a dry run without the data
             "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
             "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet (the papers')
             "cache": "none",  # none | ram: keep what was read of each record in memory, as it is stored
@@ -95,6 +95,9 @@ def default_config() -> ConfigDict:
             "minimum": 0.0,  # learning rate at the end
             **duration(warmup_percent=5.0),
             "arguments": {},  # further arguments of the optimizer: b1, b2, weight_decay, momentum, ...
+            # Other optimizers for the parameters whose path holds a pattern: {"discriminator": {"name": "adam", "minimum": 1e-5}}; what is
+            # left out is as above.
+            "groups": {},
             "clip_norm": 0.0,  # global norm; 0: no clipping
             "layer_decay": 1.0,  # learning-rate factor per block from the top down
             "no_decay": ("vectors",),  # names without weight decay; `vectors` stands for every bias and scale
@@ -179,7 +182,27 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
         _clear_other_suffixes(config, key, given)
 
 
+def _open_stage_key(config: ConfigDict, key: str) -> None:
+    """Makes `stage.NAME.a.b` settable where it is a key of that stage's config which the recipe leaves as it is above. Raises UserError."""
+    _, name, *parts = key.split(".")
+    if name not in config.stage:
+        raise UserError(f"--config.{key}: no stage '{name}'{nearest(name, config.stage)}; there are {', '.join(config.stage) or 'none'}")
+    whole: Any = stage_config(config, name)
+    partial: Any = config.stage[name]
+    with config.unlocked():
+        for depth, part in enumerate(parts):
+            if not isinstance(whole, ConfigDict) or part not in whole:
+                raise UserError(f"--config.{key}: no key '{'.'.join(parts[:depth + 1])}'{nearest('.'.join(parts), all_keys(whole))}")
+            parent, whole = whole, whole[part]
+            for each in (part, *siblings(part)) if is_duration(part) else (part,):
+                if each not in partial:
+                    partial[each] = ConfigDict() if isinstance(whole, ConfigDict) else parent[each]
+            partial = partial[part]
+
+
 def _set(config: ConfigDict, key: str, text: str) -> None:
+    if key.startswith("stage.") and key.count(".") > 1:
+        _open_stage_key(config, key)
     *groups, name = key.split(".")
     group: Any = config
     for depth, part in enumerate(groups):
@@ -190,18 +213,18 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
         raise _unknown(key, key, config)
     old = group[name]
     value = _parse(text, old)
-    if key in OPEN_GROUPS and isinstance(value, dict):
+    if (key in OPEN_GROUPS or ".".join(key.split(".")[2:]) in OPEN_GROUPS) and isinstance(value, dict):
         with config.unlocked():
             group[name] = value
         return
     if isinstance(old, ConfigDict):
         raise UserError(f"--config.{key} is a group; set one of its keys: {', '.join(f'{key}.{k}' for k in old)}")
     wrong = UserError(f"--config.{key}={text}: expected {_type_name(old)}, as in {old!r}, got {_type_name(value)}")
-    if old is not None and value is None and not _is_duration(name):
+    if old is not None and value is None and not is_duration(name):
         raise wrong
     if isinstance(old, bool) != isinstance(value, bool) and old is not None:
         raise wrong
-    if _is_duration(name) and not (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))):
+    if is_duration(name) and not (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))):
         raise UserError(f"--config.{key}={text}: expected a number, got {_type_name(value)}")
     try:
         group[name] = value
@@ -229,35 +252,17 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), "None" if value is None else type(value).__name__)
 
 
-def all_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """The dotted names of all leaves."""
-    keys: list[str] = []
-    for name in config:
-        value = config[name]
-        keys += all_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) and len(value) else [prefix + name]
-    return keys
-
-
-def _is_duration(name: str) -> bool:
-    return name.rpartition("_")[2] in SUFFIXES
-
-
-def _siblings(key: str) -> list[str]:
-    stem, _, suffix = key.rpartition("_")
-    return [f"{stem}_{other}" for other in SUFFIXES if other != suffix]
-
-
 def _clear_other_suffixes(config: ConfigDict, key: str, given: Iterable[str]) -> None:
     """An override in one suffix replaces the recipe's in another; two suffixes on one command line contradict each other."""
     group_name, _, name = key.rpartition(".")
-    if not _is_duration(name):
+    if not is_duration(name):
         return
     group = config
     for part in group_name.split(".") if group_name else []:
         group = group[part]
-    if not any(sibling in group for sibling in _siblings(name)) or group[name] is None:
+    if not any(sibling in group for sibling in siblings(name)) or group[name] is None:
         return
-    for sibling in _siblings(key):
+    for sibling in siblings(key):
         if sibling in given and group[sibling.rpartition(".")[2]] is not None:
             raise UserError(f"--config.{key} and --config.{sibling}: one duration with two suffixes; give one of them")
         group[sibling.rpartition(".")[2]] = None
@@ -270,7 +275,7 @@ def check(config: ConfigDict) -> None:
         node: Any = config
         for part in group.split(".") if group else []:
             node = node[part]
-        if _is_duration(name) and all(sibling in node for sibling in _siblings(name)):
+        if is_duration(name) and all(sibling in node for sibling in siblings(name)):
             stem = name.rpartition("_")[0]
             set_keys = [f"{group}.{stem}_{s}" for s in SUFFIXES if node[f"{stem}_{s}"] is not None]
             if len(set_keys) != 1:
@@ -284,6 +289,8 @@ def check(config: ConfigDict) -> None:
                        ("log.every_steps", config.log.every_steps), ("data.image_size", config.data.image_size)):
         if value < 1:
             raise UserError(f"{key}={value}: must be at least 1")
+    for name in config.stages:
+        check(stage_config(config, name))
     if config.train.batch_size % config.train.accumulate:
         raise UserError(f"train.batch_size={config.train.batch_size} does not divide by train.accumulate={config.train.accumulate}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from maskae import config as config_module
@@ -23,7 +24,7 @@ from maskae.step import TrainState, purpose_key
 
 logger = logging.getLogger(__name__)
 
-PRETRAINED, TRAINED, UNTRAINED, RAW = "pretrained", "trained", "untrained", "raw pixels"
+PRETRAINED, TRAINED, UNTRAINED, RAW, RAW_INPUT = "pretrained", "trained", "untrained", "raw pixels", "raw input"
 Results = dict[str, dict[str, float]]
 
 
@@ -60,7 +61,9 @@ class Evaluation:
         self.step, self.rows = 0, {}
         config = self.experiment.config
         if config.evaluate.baselines:
-            self.rows[RAW] = self.raw_pixels()
+            raw = self.raw_input()
+            if raw:
+                self.rows[RAW if self.experiment.spec.has_images else RAW_INPUT] = raw
             self.rows["before training" if config.init_from else UNTRAINED] = self.metrics(state)
             self.draw(state, 0, writer)
             self.save()
@@ -94,31 +97,39 @@ class Evaluation:
         train, val = (self.extract(variables_of(state), split, keys) for split in ("train", "val"))
         return evaluate.run(self.evaluators, train, val, self.experiment.config.evaluate.seed)
 
-    def raw_pixels(self) -> dict[str, float]:
-        """The evaluators that need one vector per image, on the pixels themselves."""
+    def raw_input(self) -> dict[str, float]:
+        """The evaluators that need one vector per example, on the input itself: its pixels, or what the system calls its raw features."""
         chosen = {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.keys == ("pooled",)}
-        if not chosen:
+        own = getattr(self.experiment.system, "raw_features", None)
+        if not chosen or (own is None and not self.experiment.spec.has_images):
             return {}
-        train, val = (evaluate.raw_pixels(self.batches(split)) for split in ("train", "val"))
+        of = evaluate.raw_pixels if own is None else lambda batches: evaluate.extract(jax.jit(own), batches, ("pooled",))
+        train, val = (of(self.batches(split)) for split in ("train", "val"))
         return evaluate.run(chosen, train, val, self.experiment.config.evaluate.seed)
 
     def draw(self, state: TrainState, step: int, writer: Writer) -> None:
-        """The reconstruction panel of the first validation images, for systems that reconstruct."""
+        """The pictures of the first validation records: reconstructions, and what else the system draws."""
         count = self.experiment.config.evaluate.panels
-        system = self.experiment.system
-        if not count or not hasattr(system, "reconstruct"):
+        system: Any = self.experiment.system
+        if not count or not (hasattr(system, "reconstruct") or hasattr(system, "draw")):
             return
-        batch = next(self.experiment.evaluation_batches("val"))
-        put = self.experiment.put(batch)
-        shown = min(count, int(evaluate.to_host(put["valid"]).sum()))
+        put = self.experiment.put(next(self.experiment.evaluation_batches("val")))
         key = purpose_key(self.experiment.root_key, "panels")
+        if hasattr(system, "reconstruct"):
+            writer.images(step, {"reconstruction": self.reconstructions(state, put, key, step)})
+        if hasattr(system, "draw"):
+            pictures = system.draw(*variables_of(state), self.experiment.prepare_evaluation(put), key, self.experiment.spec)
+            writer.images(step, pictures)
+
+    def reconstructions(self, state: TrainState, put: dict[str, jax.Array], key: jax.Array, step: int) -> np.ndarray:
+        """One sheet, a row per image."""
+        shown = min(self.experiment.config.evaluate.panels, int(evaluate.to_host(put["valid"]).sum()))
         panels = self.panels(variables_of(state), put, key)
-        labels = getattr(system, "panel_labels", TITLES)
+        labels = getattr(self.experiment.system, "panel_labels", TITLES)
         order = [name for name in (*TITLES, *panels) if name in panels]
         columns = {labels.get(name, name): evaluate.to_host(panels[name])[:shown] for name in order}
         spec = self.experiment.spec
-        sheet = panel_sheet(columns, mean=spec.mean, std=spec.std, rows=shown, caption=f"{spec.name}, validation images, step {step}")
-        writer.images(step, {"reconstruction": sheet})
+        return panel_sheet(columns, mean=spec.mean, std=spec.std, rows=shown, caption=f"{spec.name}, validation images, step {step}")
 
     def save(self) -> None:
         """Writes the rows; only the first process does."""

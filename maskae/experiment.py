@@ -20,14 +20,16 @@ from maskae import mesh as mesh_module
 from maskae import start
 from maskae.config import build_from
 from maskae.data import device
-from maskae.data.pipeline import Batch, Pipeline, evaluation_batches
+from maskae.data.pipeline import Batch, Order, Pipeline, evaluation_batches
 from maskae.data.sources import LimitedSource, Source, open_source
-from maskae.data.spec import DataSpec
+from maskae.data.spec import DataSpec, Field
 from maskae.data.transforms import Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
 from maskae.errors import UserError
-from maskae.optim import Optimizer, make_optimizer
+from maskae.merging import group_of
+from maskae.optim import Optimizer, make_optimizer, partition
 from maskae.schedules import make_schedule, scaled_learning_rate
+from maskae.stages import StageData
 from maskae.step import TrainState, init_train_state, make_train_step, train_state_of
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System, Variables
@@ -44,6 +46,7 @@ class Experiment:
     system: System
     train_source: Source
     val_source: Source
+    order: Order | None = None
 
     @property
     def spec(self) -> DataSpec:
@@ -75,8 +78,15 @@ class Experiment:
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """The update rule with its schedule."""
+        """The update rule with its schedule; one for each of `optimizer.groups` and for the parameters that none of them names."""
         group = self.config.optimizer
+        main = self._optimizer(group, "optimizer")
+        if not group.groups:
+            return main
+        parts = [(pattern, self._optimizer(group_of(group, pattern), f"optimizer.groups.{pattern}")) for pattern in group.groups]
+        return dataclasses.replace(partition([*parts, ("", main)]), schedule=main.schedule)
+
+    def _optimizer(self, group: ConfigDict, key: str) -> Optimizer:
         schedule = make_schedule(
             group.schedule,
             peak=scaled_learning_rate(group.base_learning_rate, self.config.train.batch_size),
@@ -93,13 +103,13 @@ class Experiment:
                 **group.arguments.to_dict(),
             )
         except TypeError as error:
-            raise UserError(f"optimizer.arguments: {error}") from error
+            raise UserError(f"{key}.arguments: {error}") from error
 
     @cached_property
     def pipeline(self) -> Pipeline:
         """Training batches of this process: its block of the rows of every global batch."""
         data = self.config.data
-        block, blocks = mesh_module.data_shard(self.mesh)
+        block, blocks = self._share(self.config.train.batch_size)
         return Pipeline(
             self.train_source,
             self.transform(data.train_transform),
@@ -111,7 +121,21 @@ class Experiment:
             workers=data.workers,
             max_bad_percent=data.max_bad_percent,
             views=data.views,
+            order=self.order,
         )
+
+    def _share(self, batch_size: int) -> tuple[int, int]:
+        """(index, count): which block of every batch's rows this process makes; a batch of one row is made by all."""
+        return mesh_module.data_shard(self.mesh) if batch_size > 1 else (0, 1)
+
+    def ordered_by(self, params: Any, state: Any) -> Experiment:
+        """This experiment with the data order of a system that has one of its own, which may depend on its variables."""
+        order = getattr(self.system, "order", None)
+        if order is None:
+            return self
+        host = jax.tree.map(np.asarray, (params, state))
+        made = order(Variables(*host), batch_size=self.config.train.batch_size, seed=self.config.seed)
+        return dataclasses.replace(self, order=made)
 
     def transform(self, steps: Any) -> Transform:
         """The host transform of a config's (name, arguments) pairs; a step that takes a size gets the config's image size."""
@@ -123,7 +147,12 @@ class Experiment:
         source = {"train": self.train_source, "val": self.val_source}[split]
         if group.max_examples:
             source = LimitedSource(source, group.max_examples)
-        block, blocks = mesh_module.data_shard(self.mesh)
+        return self.batches_of(source)
+
+    def batches_of(self, source: Source) -> Iterator[Batch]:
+        """This process's rows of every record of a source once, in order, without augmentation."""
+        group = self.config.evaluate
+        block, blocks = self._share(group.batch_size)
         return evaluation_batches(
             source,
             self.transform(self.config.data.val_transform),
@@ -137,8 +166,10 @@ class Experiment:
         return mesh_module.put_batch(batch, self.mesh)
 
     def prepare(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-        """The device transform of a training batch: flip, normalise, erase, mix; the mix is one draw for the whole batch."""
+        """The device transform of a training batch's images: flip, normalise, erase, mix; the mix is one draw for the whole batch."""
         data = self.config.data
+        if "image" not in batch:
+            return batch
         example = batch["example"]
         flip_key, mix_key, erase_key = jax.random.split(key, 3)
         images = device.flip(batch["image"], example, flip_key) if data.flip else batch["image"]
@@ -158,8 +189,8 @@ class Experiment:
         return batch
 
     def prepare_evaluation(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The device transform of an evaluation batch: normalise."""
-        return {**batch, "image": device.normalize(batch["image"], self.spec)}
+        """The device transform of an evaluation batch: normalise its images."""
+        return batch if "image" not in batch else {**batch, "image": device.normalize(batch["image"], self.spec)}
 
     @property
     def num_classes(self) -> int:
@@ -176,10 +207,11 @@ class Experiment:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of one raw global batch, without reading data."""
         data, size = self.config.data, self.config.train.batch_size
-        image = (size, data.image_size, data.image_size, data.channels)
-        shapes = {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
+        shapes = {name: jax.ShapeDtypeStruct((size, *field.shape), field.dtype) for name, field in self.spec.fields.items()}
+        if self.spec.has_images:
+            shapes["image"] = jax.ShapeDtypeStruct((size, data.image_size, data.image_size, data.channels), jnp.uint8)
         shapes |= {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name in ("label", "index", "example")}
-        sharding = NamedSharding(self.mesh, mesh_module.BATCH)
+        sharding = mesh_module.batch_sharding(self.mesh, size)
         return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for name, s in shapes.items()}
 
     def initial_state(self, batch: dict[str, jax.Array]) -> TrainState:
@@ -228,8 +260,11 @@ class Experiment:
         return own(self._prepared_shapes()) if own is not None else 3 * self.forward_flops
 
     def _prepared_shapes(self) -> Any:
-        """What a system's formulas read: the shape of the images after the device transform."""
-        return {"image": jax.ShapeDtypeStruct(self.batch_shapes()["image"].shape, jnp.float32)}
+        """What a system's formulas read: the shapes of a batch after the device transform."""
+        shapes = self.batch_shapes()
+        if "image" in shapes:
+            shapes["image"] = jax.ShapeDtypeStruct(shapes["image"].shape, jnp.float32)
+        return shapes
 
     def fresh_state(self) -> TrainState:
         """The initialised train state, each array where it belongs."""
@@ -237,14 +272,23 @@ class Experiment:
         zeros = {name: jnp.zeros(s.shape, s.dtype, device=s.sharding) for name, s in self.batch_shapes().items()}
         return jax.jit(self.initial_state, out_shardings=shardings)(zeros)
 
-    def start_state(self) -> TrainState:
-        """The train state at step 0: fresh, or with the variables of `init_from`."""
+    def start_state(self, stage: StageData | None = None) -> TrainState:
+        """The train state at step 0: fresh, or with the variables of `init_from`; then what the system's `begin` makes of them.
+
+        `stage` is what `begin` may read; without it only the records of this experiment.
+        """
         state = self.fresh_state()
+        begins = hasattr(self.system, "begin")
         if not self.config.init_from:
             if hasattr(self.system, "with_encoder"):
                 logger.warning("init_from is empty: %s starts from an untrained encoder", self.config.system)
-            return state
-        started = start.start_from(self.system, Variables(state["params"], state["state"]), Path(self.config.init_from))
+            if not begins:
+                return state
+        started = Variables(state["params"], state["state"])
+        if self.config.init_from:
+            started = start.start_from(self.system, started, Path(self.config.init_from))
+        if begins:
+            started = start.begin(self.system, started, stage or StageData(self))
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
         make = jax.jit(lambda v: train_state_of(v.params, v.state, self.optimizer, ema=self.keeps_ema), out_shardings=shardings)
         return make(started)
@@ -314,11 +358,14 @@ def open_or_assume(config: ConfigDict) -> tuple[Source, Source]:
 
 def assumed_sources(config: ConfigDict) -> tuple[Source, Source]:
     """Stand-ins for the recipe's data, `data.examples` records that cannot be read."""
-    channels = config.data.channels
+    data = config.data
+    channels = data.channels
     classes = config.model.num_classes if "num_classes" in config.model else None
-    counts = {"train": config.data.examples}
-    spec = DataSpec(config.data.source, None, channels, (0.5,) * channels, (0.25,) * channels, num_classes=classes, counts=counts)
-    source = AbsentSource(spec, config.data.examples)
+    counts = {"train": data.examples}
+    fields = {name: Field.parse(text) for name, text in data.fields.items()}
+    statistics = (0.5,) * channels, (0.25,) * channels
+    spec = DataSpec(data.source, None, channels, *statistics, num_classes=classes, counts=counts, fields=fields)
+    source = AbsentSource(spec, data.examples)
     return source, source
 
 
@@ -336,6 +383,9 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh
     spec = train_source.spec
     if spec.channels != config.data.channels:
         raise UserError(f"data.channels={config.data.channels}, but {config.data.source} has {spec.channels}")
+    for name, text in config.data.fields.items():
+        if (given := spec.fields.get(name)) is not None and len(given.shape) != len(Field.parse(text).shape):
+            raise UserError(f"data.fields.{name}={text}, but {config.data.source} has {given}")
     classes = getattr(system, "num_classes", None)
     if classes is not None and classes != spec.num_classes:
         raise UserError(f"model.num_classes={classes}, but {config.data.source} has {spec.num_classes or 'no labels'}")

@@ -117,9 +117,13 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a global batch (block `data_shard(mesh)`) as global arrays whose leading axis is split over `BATCH_AXES`."""
-    sharding = NamedSharding(mesh, BATCH)
-    _, blocks = data_shard(mesh)
+    """This process's rows of a global batch (block `data_shard(mesh)`) as global arrays whose leading axis is split over `BATCH_AXES`.
+
+    A batch of one row (a whole graph) lies on every device; every process gives it.
+    """
+    rows = len(next(iter(batch.values())))
+    sharding = batch_sharding(mesh, rows)
+    blocks = data_shard(mesh)[1] if rows > 1 else 1
     arrays = {name: np.asarray(array) for name, array in batch.items()}
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (len(array) * blocks, *array.shape[1:]))
@@ -127,8 +131,15 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Where a global batch lies: its leading axis split over `BATCH_AXES`; one row alone lies on every device."""
+    return NamedSharding(mesh, BATCH if rows > 1 else PartitionSpec())
+
+
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str = "train.batch_size") -> None:
-    """Raises UserError where the global batch `key` does not divide evenly into microbatches and over the mesh."""
+    """Raises UserError where the global batch `key` does not divide evenly into microbatches and over the mesh, and is not one row."""
+    if batch_size == accumulate == 1:
+        return
     axes = [axis for axis in BATCH_AXES if axis != "slice" or mesh.shape[axis] > 1]
     rows = int(np.prod([mesh.shape[axis] for axis in axes]))
     if batch_size % (rows * accumulate):

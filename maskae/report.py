@@ -90,7 +90,7 @@ def _headline(run: RunRecord) -> Iterable[tuple[str, str]]:
         yield "parameters", _short(run.summary["parameters"])
     if "machine/examples_per_second" in run.curves:
         rates = run.curves["machine/examples_per_second"][1]
-        yield "images/s (median)", f"{sorted(rates)[len(rates) // 2]:,.0f}"
+        yield "examples/s (median)", f"{sorted(rates)[len(rates) // 2]:,.0f}"
         utilisation = run.curves.get("machine/mfu")
         yield "MFU (last)", f"{100 * utilisation[1][-1]:.1f} %" if utilisation else "unknown"
     if "train_seconds" in run.totals:

@@ -76,6 +76,13 @@ def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     return Variables(fill(fresh.params, pretrained.params, path), state)
 
 
+def begin(system: Any, variables: Variables, stage: Any) -> Variables:
+    """What `system.begin` makes of fresh variables, with their shapes and shardings. Raises UserError with every leaf that differs."""
+    made = system.begin(variables, stage)
+    where = Path("what begin() made")
+    return Variables(*(fill(wanted, jax.tree.map(np.asarray, given), where) for wanted, given in zip(variables, made, strict=True)))
+
+
 def fill(wanted: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
     """The tree `wanted` with the values of `given`, with the dtypes and shardings of `wanted`. Raises UserError for leaves that differ."""
     have, need = flatten_paths(given), flatten_paths(wanted)

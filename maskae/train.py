@@ -13,9 +13,8 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -25,10 +24,11 @@ from ml_collections import ConfigDict
 from maskae import config as config_module
 from maskae.checkpoint import Checkpointer
 from maskae.data.pipeline import Batch
-from maskae.errors import UserError
+from maskae.errors import UserError, nearest
 from maskae.evaluate import to_host
 from maskae.evaluation import Evaluation
 from maskae.experiment import Experiment, build, data_metadata, open_or_assume
+from maskae.merging import stage_config
 from maskae.mesh import data_shard
 from maskae.monitor import (
     Clock,
@@ -45,9 +45,11 @@ from maskae.monitor import (
     open_writers,
 )
 from maskae.monitor.tables import write_atomically
-from maskae.processes import Agreement, barrier, check_shared_folder, gather
+from maskae.processes import barrier, check_shared_folder, gather
 from maskae.report import write_report
+from maskae.stages import Finished, StageData
 from maskae.step import TrainState
+from maskae.stop import Stop
 from maskae.summary import describe_experiment, dry_run_lines
 
 logger = logging.getLogger(__name__)
@@ -57,65 +59,42 @@ INTERRUPTED = 130
 COMPILE_SECONDS = 3600.0
 
 
-class StopRequested(Exception):
-    """Ends an evaluation that is under way when the run is told to stop."""
-
-
-class Stop:
-    """Remembers a request to stop (SIGTERM of a scheduler, Ctrl-C) until the step under way has ended, on every process.
-
-    A second Ctrl-C ends at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._received: signal.Signals | None = None
-        self._agreement = Agreement()
-        self._breaks = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = signal.Signals(number)
-        if jax.process_count() == 1:
-            self.signal = self._received
-        if self._breaks:
-            self._breaks = False
-            raise StopRequested
-
-    def agree(self) -> None:
-        """Sets `signal` to what any process has received, on all after the same step. Each calls it once per step."""
-        number = self._agreement(self._received or 0)
-        self.signal = signal.Signals(number) if number else None
-
-    @contextmanager
-    def breaking(self) -> Iterator[None]:
-        """Inside, a request ends what is under way by StopRequested, which is swallowed here: minutes of evaluation are no reason to
-        lose the checkpoint that a scheduler leaves seconds for. With several processes all must go through it together."""
-        self._breaks = jax.process_count() == 1
-        try:
-            yield
-        except StopRequested:
-            logger.info("the evaluation under way is left out")
-        finally:
-            self._breaks = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes both signals inside, and gives them back."""
-        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains from where `workdir` stands to the end, and returns the exit status: 0, or 130 after Ctrl-C.
 
+    A config with stages runs them one after the other, each in a folder of its own inside `workdir`.
     Raises UserError for anything in the config, the data or the folder that keeps the run from going on.
     """
+    if not config.stages:
+        return run_stage(config, workdir, {})[0]
+    finished: dict[str, tuple[ConfigDict, Path]] = {}
+    for name, folder in stage_folders(config, workdir).items():
+        own = started_from(stage_config(config, name), finished)
+        logger.info("stage %d of %d: %s", len(finished) + 1, len(config.stages), name)
+        status, ended = run_stage(own, folder, finished)
+        if not ended:
+            return status
+        finished[name] = own, folder
+    return 0
+
+
+def stage_folders(config: ConfigDict, workdir: Path) -> dict[str, Path]:
+    """Each stage's run folder, in their order: `<workdir>/1_autoencoder`, ..."""
+    return {name: workdir / f"{number}_{name}" for number, name in enumerate(config.stages, start=1)}
+
+
+def started_from(config: ConfigDict, finished: Finished) -> ConfigDict:
+    """The config of a stage with `init_from=stage:NAME` replaced by that stage's folder. Raises UserError where it is not before."""
+    kind, _, name = config.init_from.partition(":")
+    if kind == "stage":
+        if name not in finished:
+            raise UserError(f"init_from={config.init_from}: no such stage before this one{nearest(name, finished)}")
+        config.init_from = str(finished[name][1])
+    return config
+
+
+def run_stage(config: ConfigDict, workdir: Path, finished: Finished) -> tuple[int, bool]:
+    """One run in one folder: its exit status, and whether it came to its end. `finished` are the stages before it."""
     experiment = build(config)
     open_workdir(workdir)
     with jax.set_mesh(experiment.mesh), Checkpointer(
@@ -123,7 +102,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps or None,
     ) as checkpointer:
-        state, metadata = restore_or_start(experiment, checkpointer, workdir)
+        state, metadata = restore_or_start(experiment, checkpointer, workdir, finished)
+        experiment = experiment.ordered_by(state["params"], state["state"])
         record_config(config, workdir, int(state["step"]))
         stop = Stop()
         with stop.listening():
@@ -135,8 +115,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     barrier("end of the run")
     if stop.signal is not None:
         logger.info("stopped by %s; the same command resumes", stop.signal.name)
-        return INTERRUPTED if stop.signal == signal.SIGINT else 0
-    return 0
+        return (INTERRUPTED if stop.signal == signal.SIGINT else 0), False
+    return 0, True
 
 
 def conclude(loop: Loop, stop: Stop) -> None:
@@ -158,7 +138,7 @@ def speed_line(loop: Loop) -> str:
     utilisation = mfu_text(mfu(loop.experiment.train_flops / 3, rate, jax.devices()))
     waiting = 100 * totals["data_wait_seconds"] / max(totals["train_seconds"], 1e-9)
     return (
-        f"trained {format_seconds(totals['train_seconds'])}: {rate:,.0f} images/s, MFU {utilisation}, {waiting:.1f} % of it waiting for"
+        f"trained {format_seconds(totals['train_seconds'])}: {rate:,.0f} examples/s, MFU {utilisation}, {waiting:.1f} % of it waiting for"
         f" data, {totals['device_hours']:.3g} device-hours"
     )
 
@@ -174,7 +154,9 @@ def open_workdir(workdir: Path) -> None:
     check_shared_folder(workdir)
 
 
-def restore_or_start(experiment: Experiment, checkpointer: Checkpointer, workdir: Path) -> tuple[TrainState, dict[str, Any] | None]:
+def restore_or_start(
+    experiment: Experiment, checkpointer: Checkpointer, workdir: Path, finished: Finished
+) -> tuple[TrainState, dict[str, Any] | None]:
     """The newest whole checkpoint with its metadata, or a fresh train state and None; says which in one line."""
     resume = experiment.config.checkpoint.resume
     step = checkpointer.latest_step()
@@ -185,7 +167,7 @@ def restore_or_start(experiment: Experiment, checkpointer: Checkpointer, workdir
             raise UserError(f"every checkpoint in {workdir} is damaged (see above); move the folder away to start afresh")
         refuse_foreign_run(experiment.config, workdir)
         logger.info("fresh start in %s", workdir)
-        return experiment.start_state(), None
+        return experiment.start_state(StageData(experiment, finished)), None
     if resume == "never":
         raise UserError(f"checkpoint.resume=never, but {workdir} holds a checkpoint of step {step}; choose another --workdir")
     metadata = checkpointer.metadata(step)
@@ -411,7 +393,18 @@ class Loop:
 
 
 def evaluate_run(config: ConfigDict, target: Path) -> None:
-    """Evaluates the newest whole checkpoint of a run folder, or a weights file, and prints the table. Raises UserError."""
+    """Evaluates the newest whole checkpoint of a run folder (of all its stages), or a weights file, and prints the table.
+
+    Raises UserError.
+    """
+    if config.stages:
+        folders = {name: folder for name, folder in stage_folders(config, target).items() if folder.is_dir()}
+        if not folders:
+            raise UserError(f"--evaluate={target}: no folder of a stage in it ({', '.join(stage_folders(config, target))})")
+        for name, folder in folders.items():
+            print(f"stage {name}")
+            evaluate_run(stage_config(config, name), folder)
+        return
     experiment = build(config)
     with jax.set_mesh(experiment.mesh):
         state, step = experiment.load_for_evaluation(target)
@@ -424,7 +417,12 @@ def evaluate_run(config: ConfigDict, target: Path) -> None:
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Builds everything, prints sizes and shardings, and runs one abstract step. Raises UserError."""
+    """Builds everything, prints sizes and shardings, and runs one abstract step, for every stage. Raises UserError."""
+    for name in config.stages:
+        print(f"stage {name}")
+        dry_run(stage_config(config, name))
+    if config.stages:
+        return
     experiment = build(config, open_or_assume(config))
     with jax.set_mesh(experiment.mesh):
         lines = dry_run_lines(experiment)

@@ -157,7 +157,7 @@ def test_progress_without_a_terminal_writes_few_plain_lines() -> None:
     progress.close()
     lines = stream.getvalue().splitlines()
     assert "\r" not in stream.getvalue()
-    assert lines[0] == "step 1/1000 (0%)  loss 0.3457  1,234 images/s  ETA 0:01:12"
+    assert lines[0] == "step 1/1000 (0%)  loss 0.3457  1,234 examples/s  ETA 0:01:12"
     assert lines[-1].startswith("step 1000/1000 (100%)") and len(lines) == len(set(lines))
     assert 10 < len(lines) < 100
 
@@ -179,7 +179,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     progress.write("a line of its own")
     progress.close()
     last = stream.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
-    assert "step 4/4" in last and "loss 0.5" in last and "10 images/s" in last and "ETA 0:00:03" in last
+    assert "step 4/4" in last and "loss 0.5" in last and "10 examples/s" in last and "ETA 0:00:03" in last
     assert "a line of its own\n" in stream.getvalue()
 
 
@@ -238,7 +238,7 @@ def test_peak_of_each_device(kind: str, teraflops: float) -> None:
 
 
 def test_mfu_of_the_published_anchor() -> None:
-    # ViT-L MAE with 124.5 GFLOP per image and training step, 289 images/s per v3 chip (two devices): 29 % in the field notes.
+    # ViT-L MAE with 124.5 GFLOP per image and training step, 289 examples/s per v3 chip (two devices): 29 % in the field notes.
     value = mfu(124.5e9 / 3, 289.0, [device("TPU v3")] * 2)
     assert value == pytest.approx(0.2925, abs=1e-3)
     assert mfu_text(value) == "29.3 %"

@@ -140,7 +140,7 @@ def test_a_finished_run_is_left_as_it_is_and_tells_its_speed(whole, caplog):
     with caplog.at_level("INFO"):
         assert train.run(tiny_config(), whole) == 0
     assert (whole / "metrics.jsonl").read_bytes() == before
-    speed = [record.getMessage() for record in caplog.records if "images/s" in record.getMessage()]
+    speed = [record.getMessage() for record in caplog.records if "examples/s" in record.getMessage()]
     assert len(speed) == 1 and "MFU unknown" in speed[0] and "waiting for data" in speed[0]
 
 

@@ -14,7 +14,8 @@ from maskae.data.images import Picture
 from maskae.data.spec import IMAGENET_MEAN, IMAGENET_STD, BadRecord, DataSpec
 from maskae.errors import UserError, nearest
 
-Record = dict[str, Any]  # {"image": uint8 [H, W, C] or the bytes of an image file, "label": int}
+# {"image": uint8 [H, W, C] or the bytes of an image file, "label": int, and the arrays of the source's `spec.fields`}; both may be absent.
+Record = dict[str, Any]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, in units where 1 is max_value
 
 SPLITS = ("train", "val")
@@ -24,7 +25,11 @@ STATISTICS_SIDE = 256
 
 
 class Source(Protocol):
-    """A random-access sequence of records; picklable, so that worker processes can read it."""
+    """A random-access sequence of records; picklable, so that worker processes can read it.
+
+    A source may also have `sample(index, generator) -> Record`: what training reads in place of `[index]`, where a record is a random part
+    of something larger (a second of sound, some of the points). It depends on its two arguments alone.
+    """
 
     @property
     def spec(self) -> DataSpec:

@@ -19,19 +19,26 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain.python as grain
 import numpy as np
 from absl import flags
 
-from maskae.data.contract import Source
+from maskae.data.contract import Record, Source
 from maskae.data.images import Picture
 from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, NO_LABEL, VALID, BadRecord
 from maskae.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Row = dict[str, Any]  # one example: a numpy array or number per name
 Transform = Callable[[Any, np.random.Generator], np.ndarray]  # (uint8 [H, W, C] or bytes, generator) -> uint8 [H', W', C']
+
+class Order(Protocol):
+    """The endless global order: [j] is the record of element j (with views, of elements j * views ...); a pure function of j."""
+
+    def __getitem__(self, j: int, /) -> Any: ...
+
 
 REPLACEMENT_ATTEMPTS = 20  # for one element: more broken records in a row mean that something else is wrong
 MINIMUM_SEEN = 200  # the share of broken records is judged after so many (or all there are)
@@ -71,7 +78,7 @@ def generator(seed: int, element: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[(seed ^ (zlib.crc32(purpose.encode()) << 32)) % 2**64, element]))
 
 
-def make_order(count: int, seed: int, shuffle: bool) -> grain.MapDataset:
+def make_order(count: int, seed: int, shuffle: bool) -> Order:
     """The endless global order: [j] is a record of 0..count-1. Needs no memory, whatever the count."""
     order = grain.MapDataset.range(count)
     if shuffle:
@@ -86,7 +93,7 @@ class BatchLoader:
 
     source: Source
     transform: Transform
-    order: grain.MapDataset
+    order: Order
     seed: int
     batch_size: int
     first_row: int
@@ -95,32 +102,26 @@ class BatchLoader:
 
     def __call__(self, k: int) -> Loaded:
         bad: list[tuple[int, str]] = []
-        images: list[np.ndarray] = []
-        labels: list[int] = []
-        indices: list[int] = []
+        rows: list[Row] = []
         try:
             for row in range(self.first_row, self.first_row + self.rows, self.views):
-                views, label, index = self._views(k * self.batch_size + row, bad)
-                images += views
-                labels += [label] * self.views
-                indices += [index] * self.views
-            return Loaded(collate(images, labels, indices, self.first_row), bad, "")
+                rows += self._views(k * self.batch_size + row, bad)
+            return Loaded(collate(rows, self.first_row), bad, "")
         except UserError as error:
             return Loaded({}, bad, str(error))
 
-    def _views(self, first: int, bad: list[tuple[int, str]]) -> tuple[list[np.ndarray], int, int]:
-        """(images, label, record) of the elements `first`.. that share a record; a broken one is replaced by a draw from (seed, first)."""
+    def _views(self, first: int, bad: list[tuple[int, str]]) -> list[Row]:
+        """Rows of the elements `first`.. that share a record; a broken one is replaced by a draw from (seed, first)."""
         index = int(self.order[first // self.views])
         replacements = None
         for _ in range(REPLACEMENT_ATTEMPTS):
             try:
-                record = self.source[index]
-                image = record[IMAGE]
-                if self.views > 1:
-                    image = Picture(image, self.source.spec.channels).read()  # decoded here, whole, and only cropped by the views
-                elements = range(first, first + self.views)
-                views = [self.transform(image, generator(self.seed, element, "transform")) for element in elements]
-                return views, record[LABEL], index
+                record = self._read(index, first)
+                if self.views > 1 and IMAGE in record:
+                    # Decoded here, whole, and only cropped by the views.
+                    record = {**record, IMAGE: Picture(record[IMAGE], self.source.spec.channels).read()}
+                draws = [generator(self.seed, element, "transform") for element in range(first, first + self.views)]
+                return [make_row(record, index, self.transform, draw) for draw in draws]
             except BadRecord as error:
                 bad.append((index, str(error)))
                 replacements = replacements or generator(self.seed, first, "replacement")
@@ -128,18 +129,33 @@ class BatchLoader:
         names = ", ".join(self.source.name(i) for i, _ in bad[-EXAMPLES_NAMED:])
         raise UserError(f"{self.source.spec.name}: {REPLACEMENT_ATTEMPTS} broken records in a row, for example {names}")
 
+    def _read(self, index: int, element: int) -> Record:
+        """The record, or a random part of it where the source has parts."""
+        sample = getattr(self.source, "sample", None)
+        return self.source[index] if sample is None else sample(index, generator(self.seed, element, "sample"))
 
-def collate(images: list[np.ndarray], labels: list[int], indices: list[int], first_row: int) -> Batch:
-    """Rows `first_row`.. of a batch. images: uint8 [H, W, C] each. Raises UserError where their shapes differ."""
-    shapes = sorted({image.shape for image in images})
-    if len(shapes) > 1:
-        raise UserError(f"images of one batch differ in shape, {shapes[0]} and {shapes[-1]}: add a crop or a resize to the transform")
-    return {
-        IMAGE: np.stack(images),  # [rows, H, W, C]
-        LABEL: np.asarray(labels, np.int32),
-        INDEX: np.asarray(indices, np.int32),
-        EXAMPLE: np.arange(first_row, first_row + len(images), dtype=np.int32),
-    }
+
+def make_row(record: Record, index: int, transform: Transform, draw: np.random.Generator) -> Row:
+    """One row of a batch: the record's arrays, its image transformed, its label (-1 where it has none) and its number."""
+    row: Row = {**record, LABEL: np.int32(record.get(LABEL, NO_LABEL)), INDEX: np.int32(index)}
+    if IMAGE in row:
+        row[IMAGE] = transform(row[IMAGE], draw)
+    return row
+
+
+def collate(rows: list[Row], first_row: int) -> Batch:
+    """Rows `first_row`.. of a batch: every array stacked. Raises UserError where the rows' arrays differ in name or shape."""
+    batch: Batch = {}
+    for name in rows[0]:
+        try:
+            shapes = sorted({np.shape(row[name]) for row in rows})
+        except KeyError:
+            raise UserError(f"records of one batch differ: some hold no '{name}'") from None
+        if len(shapes) > 1:
+            advice = "add a crop or a resize to the transform" if name == IMAGE else "a source gives them one shape"
+            raise UserError(f"{name}s of one batch differ in shape, {shapes[0]} and {shapes[-1]}: {advice}")
+        batch[name] = np.stack([row[name] for row in rows])  # [rows, ...]
+    return {**batch, EXAMPLE: np.arange(first_row, first_row + len(rows), dtype=np.int32)}
 
 
 class Pipeline:
@@ -160,6 +176,7 @@ class Pipeline:
         shuffle: bool = True,
         max_bad_percent: float = 1.0,
         views: int = 1,
+        order: Order | None = None,
     ):
         """Args:
           source: the records.
@@ -173,6 +190,7 @@ class Pipeline:
           shuffle: a new permutation for every epoch; False takes the records in their order.
           max_bad_percent: more broken records than this stop the run.
           views: augmented elements per decoded record, see the module's text.
+          order: the endless order of records where it is not that of `make_order`: `order[j]` is a record. Picklable.
 
         Raises UserError where batch_size does not divide as said, or there are no records.
         """
@@ -191,7 +209,7 @@ class Pipeline:
         self._threads, self._workers, self._prefetch = threads, workers, prefetch
         self._max_bad_percent = max_bad_percent
         rows = batch_size // process_count
-        order = make_order(len(source), seed, shuffle)
+        order = make_order(len(source), seed, shuffle) if order is None else order
         loader = BatchLoader(source, transform, order, seed, batch_size, process_index * rows, rows, views)
         self._batches = grain.MapDataset.range(sys.maxsize // batch_size).map(loader)
 
@@ -292,27 +310,20 @@ class EvaluationLoader:
 
     def __call__(self, k: int) -> Batch:
         first = k * self.batch_size + self.first_row
-        images: list[np.ndarray | None] = []
-        labels, indices = [], []
-        for index in range(first, first + self.rows):
-            image, label = self._read(index)
-            images.append(image)
-            labels.append(label)
-            indices.append(-1 if image is None else index)
-        filler = _blank(self.source, self.transform, images)
-        batch = collate([filler if image is None else image for image in images], labels, indices, self.first_row)
-        return {**batch, VALID: np.asarray([image is not None for image in images])}
+        rows = [self._read(index) for index in range(first, first + self.rows)]
+        filler = _blank(self.source, self.transform, rows)
+        batch = collate([filler if row is None else row for row in rows], self.first_row)
+        return {**batch, VALID: np.asarray([row is not None for row in rows])}
 
-    def _read(self, index: int) -> tuple[np.ndarray | None, int]:
-        """(image, label) of a record; (None, -1) where it is broken or past the end."""
+    def _read(self, index: int) -> Row | None:
+        """The row of a record; None where it is broken or past the end."""
         if index >= len(self.source):
-            return None, NO_LABEL
+            return None
         try:
-            record = self.source[index]
-            return self.transform(record[IMAGE], generator(0, index, "evaluation")), record[LABEL]
+            return make_row(self.source[index], index, self.transform, generator(0, index, "evaluation"))
         except BadRecord as error:
             _name_left_out(self.source.name(index), str(error))
-            return None, NO_LABEL
+            return None
 
 
 @functools.cache
@@ -321,15 +332,15 @@ def _name_left_out(name: str, reason: str) -> None:
     logging.warning("broken record left out of the evaluation: %s: %s", name, reason)
 
 
-def _blank(source: Source, transform: Transform, images: list[np.ndarray | None]) -> np.ndarray:
-    """A black image of the right shape; a host whose rows are all padding has to read one record to know the shape."""
-    known = next((image for image in images if image is not None), None)
+def _blank(source: Source, transform: Transform, rows: list[Row | None]) -> Row:
+    """A row of zeros in the right shapes; a host whose rows are all padding has to read one record to know them."""
+    known = next((row for row in rows if row is not None), None)
     index = 0
     while known is None:
         if index == len(source):
             raise UserError(f"{source.spec.name}: not one record can be read")
         try:
-            known = transform(source[index][IMAGE], generator(0, index, "evaluation"))
+            known = make_row(source[index], index, transform, generator(0, index, "evaluation"))
         except BadRecord:
             index += 1
-    return np.zeros_like(known)
+    return {**{name: np.zeros_like(array) for name, array in known.items()}, LABEL: np.int32(NO_LABEL), INDEX: np.int32(-1)}

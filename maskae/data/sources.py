@@ -104,8 +104,7 @@ class CachedSource:
         record = self.kept.get(index)
         if record is None:
             record = self.parent[index]
-            image = record[IMAGE]
-            size = len(image) if isinstance(image, bytes) else image.nbytes
+            size = sum(len(value) if isinstance(value, bytes) else np.asarray(value).nbytes for value in record.values())
             with self.lock:
                 if index not in self.kept and self.used[0] + size <= self.limit:
                     self.kept[index] = record

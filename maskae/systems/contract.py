@@ -27,11 +27,19 @@ class Outputs(NamedTuple):
 
 @runtime_checkable
 class System(Protocol):
-    """A frozen dataclass of plain arguments. `batch["image"]` arrives float32 [B, H, W, C], normalised; `batch["example"]` int32 [B].
+    """A frozen dataclass of plain arguments. `batch["image"]` arrives float32 [B, H, W, C], normalised; `batch["example"]` int32 [B]; the
+    other fields of the data as the source gives them. Views, crops and noise are the system's own, drawn from `rng` and `example`.
 
-    Optional methods, looked up by name: `reconstruct(params, state, batch, rng)` -> panels to look at, each float32 [B, H, W, C] in
-    normalised units, and `begin(variables, dataset)` -> variables, on the host, at the start of a stage,
-    `train_flops(batch)` where a training step is not three forward passes (a frozen part).
+    Optional, looked up by name:
+        reconstruct(params, state, batch, rng) -> panels to look at, each float32 [B, H, W, C] in normalised units.
+        draw(params, state, batch, rng, spec) -> pictures of other kinds by name, uint8 [H, W, 3]; on the host.
+        raw_features(batch) -> {"pooled": [B, D]}: the input itself as a baseline, where it is not an image.
+        begin(variables, stage) -> variables of the same shapes, on the host, once before the first step: k-means centres, pseudo labels,
+            frozen copies. `stage` (`maskae.stages.StageData`) gives all training records and the stages before.
+        order(variables, batch_size, seed) -> the endless data order, `order[j]` a record (`maskae.data.pipeline.Order`), where it is not a
+            new permutation per epoch.
+        train_flops(batch) where a training step is not three forward passes (a frozen part).
+        couples_examples: True where the loss is not a mean over examples; gradients are then not accumulated.
     """
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
