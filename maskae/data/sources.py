@@ -10,10 +10,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from maskae.data.archive import open_archive
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
 from maskae.data.folder import open_folder
 from maskae.data.records import open_array_record
 from maskae.data.remote import open_remote_records
+from maskae.data.sensors import open_sentinel_pairs, open_two_sensor
 from maskae.data.spec import IMAGE, LABEL, NO_LABEL, DataSpec, split_hash
 from maskae.data.tfds import open_tfds
 from maskae.errors import UserError, nearest
@@ -217,9 +219,12 @@ def open_records(arguments: SourceArguments) -> Source:
 SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "digits": open_digits,
     "folder": open_folder,
+    "archive": open_archive,
     "npz": open_npz,
     "arrayrecord": open_records,
     "tfds": open_tfds,
+    "two_sensor": open_two_sensor,
+    "sentinel_pairs": open_sentinel_pairs,
 }
 
 
