@@ -85,3 +85,41 @@ def test_blocks_have_exact_counts_and_are_more_compact_than_random_masks() -> No
 def test_impossible_counts_are_refused(keep: int) -> None:
     with pytest.raises(UserError, match=f"cannot keep {keep} of 16"):
         random_mask(jnp.zeros((1, 16)), keep)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ways_to_move_tokens_agree_exactly(dtype: str) -> None:
+    keep, _, restore = random_mask(draw_noise(jax.random.key(0), jnp.arange(3), 20), 7)
+    tokens, weights = jax.random.normal(jax.random.key(1), (2, 3, 20, 5), dtype)
+    token = jnp.full((1, 1, 5), 0.3, dtype)
+
+    def moved(tokens: jax.Array, token: jax.Array, implementation: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        kept = take_tokens(tokens, keep, implementation)
+        filled = restore_tokens(kept, token, restore, implementation)
+        return (filled * weights).astype(jnp.float32).sum() + (kept * 3).astype(jnp.float32).sum(), (kept, filled)
+
+    run = jax.jit(jax.value_and_grad(moved, (0, 1), has_aux=True), static_argnums=2)
+    (_, values), (to_tokens, to_token) = run(tokens, token, "gather")
+    assert np.count_nonzero(np.asarray(to_tokens).any(-1)) == 3 * 7
+    for implementation in ("one_hot", "auto"):
+        (_, others), (to_others, to_other) = run(tokens, token, implementation)
+        for one, other in zip(values, others, strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(to_tokens, to_others)
+        # A sum over all removed places, whose order is the compiler's.
+        tolerance = 1e-5 if dtype == "float32" else 5e-2
+        np.testing.assert_allclose(np.asarray(to_token, float), np.asarray(to_other, float), rtol=tolerance, atol=1e-5)
+
+
+def test_the_move_is_chosen_for_the_device_that_the_program_is_for() -> None:
+    indices = jnp.zeros((2, 3), jnp.int32)
+
+    def products(platform: str, length: int) -> int:
+        traced = jax.jit(take_tokens).trace(jax.ShapeDtypeStruct((2, length, 4), jnp.float32), indices)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+
+    assert products("tpu", 8) == 1
+    assert products("cpu", 8) == products("cuda", 8) == 0
+    assert products("tpu", 2**20) == 0
+    with pytest.raises(UserError, match="unknown token move 'onehot' .did you mean 'one_hot'"):
+        take_tokens(jnp.zeros((2, 3, 4)), indices, "onehot")

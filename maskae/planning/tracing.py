@@ -70,7 +70,10 @@ def trace_step(experiment: Experiment) -> TracedStep:
 
 
 def count_products(jaxpr: core.Jaxpr) -> Products:
-    """The matrix products of a traced program; scans count with their length, of a `cond` the dearest branch."""
+    """The matrix products of a traced program; scans count with their length, of a `cond` the dearest branch.
+
+    Of a choice by platform (`jax.lax.platform_dependent`) the default counts, which comes last.
+    """
     total = Products()
     for equation in jaxpr.eqns:
         inner = [count_products(body) for body in _bodies(equation.params)]
@@ -79,7 +82,8 @@ def count_products(jaxpr: core.Jaxpr) -> Products:
             flops = _dot_flops(equation) if name == "dot_general" else _convolution_flops(equation)
             total += Products(flops, sum(_bytes(value.aval) for value in (*equation.invars, *equation.outvars)))
         elif name == "cond":
-            total += max(inner, key=lambda products: products.flops)
+            by_platform = equation.params.get("branches_platforms") is not None
+            total += inner[-1] if by_platform else max(inner, key=lambda products: products.flops)
         else:
             total += sum(inner, Products()) * (equation.params["length"] if name == "scan" else 1)
     return total
