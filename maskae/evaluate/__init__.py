@@ -18,6 +18,8 @@ from maskae.errors import UserError, nearest
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
+from maskae.evaluate.matched import Matched
+from maskae.evaluate.multilabel import MultiLabel
 
 __all__ = [
     "EVALUATORS",
@@ -40,6 +42,8 @@ EVALUATORS: dict[str, type] = {
     "knn": Knn,
     "linear": Linear,
     "logistic": Logistic,
+    "matched": Matched,
+    "multilabel": MultiLabel,
     "rank": Rank,
     "ridge": Ridge,
 }

@@ -36,7 +36,7 @@ def extract(features_fn: Callable[[Batch], Mapping[str, Any]], batches: Iterable
     Args:
         features_fn: batch -> {"pooled": [B, D], "tokens": [B, N, D], ...}, usually jitted; its arrays may be sharded.
         batches: batches with `valid` bool [B] (False for padding; absent means that all rows count), `label` int32 [B], `index` int32 [B].
-        keys: which of the features to keep. Only these are copied to the host.
+        keys: which of the features, or of the batch's fields, to keep. Only these are copied to the host.
 
     Returns:
         {key: float32 [rows, ...]} and `label`, `index` int32 [rows] where the batches have them.
@@ -58,7 +58,8 @@ def extract(features_fn: Callable[[Batch], Mapping[str, Any]], batches: Iterable
 
     for batch in batches:
         given = features_fn(batch)
-        arrays = {key: _pick(given, key) for key in keys}
+        # A field of the records, such as several labels each, may be asked for like a feature.
+        arrays = {key: batch[key] if key in batch and key not in given else _pick(given, key) for key in keys}
         arrays.update({key: batch[key] for key in ("label", "index") if key in batch})
         pending.append((arrays, batch.get("valid")))
         if len(pending) >= IN_FLIGHT:
