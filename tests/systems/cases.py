@@ -1,0 +1,124 @@
+"""The table of systems that the five common tests run through, a row each, and their recorded loss curves.
+
+    python -m tests.systems.cases mae
+
+writes `tests/refs/systems/mae.json`, the losses that a run of the row must give again; an old one must be removed first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REFERENCES = ROOT / "tests" / "refs" / "systems"
+DATA = Path(os.environ.get("MASKAE_SHARED", ROOT.parent / "shared")) / "data"
+
+# A run of every row is this short, looked at only by its losses, and never sees the untrained baselines.
+COMMON = (
+    "log.every_steps=1",
+    "log.tensorboard=false",
+    "log.watchdog_factor=0",
+    "checkpoint.every_percent=100",
+    "evaluate.every_steps=0",
+    "evaluate.evaluators={}",
+    "evaluate.baselines=false",
+    "evaluate.panels=0",
+    "data.threads=1",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One system at its smallest.
+
+    Attributes:
+        config: of `configs/`, with its variant.
+        overrides: what makes it tiny; the last stage takes `steps` steps of batches that divide by 8 (or of one record).
+        stages: steps of each stage where the config has stages, in their order; () takes `steps`.
+        data: folder of the data root that it reads; "" reads nothing but what the libraries bring.
+        steps: of the recorded run.
+        overfit: steps on one batch, and the share of the first loss that the last one must be below.
+        tolerance: relative, of the recorded curve; 1e-4 covers both Python's versions of jax.
+        gradient_tolerance: relative to the largest gradient, of 8 devices against 1.
+    """
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
+    data: str = ""
+    steps: int = 20
+    overfit: tuple[int, float] = (40, 0.9)
+    tolerance: float = 1e-4
+    gradient_tolerance: float = 1e-4
+    root: str = field(default="", kw_only=True)
+
+
+SMALL_VIT = ("model.width=16", "model.depth=1", "model.heads=2")
+SMALL_DECODER = ("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2")
+
+CASES: dict[str, Case] = {
+    "mae": Case("configs/mae.py:tiny", (*SMALL_VIT, *SMALL_DECODER, "train.batch_size=16"), overfit=(40, 0.95)),
+}
+
+
+def overrides_of(case: Case) -> list[str]:
+    """All overrides of a row's run."""
+    from maskae.config import load_config
+
+    names = load_config(str(ROOT / case.config)).stages
+    if names:
+        lengths = [f"stage.{name}.train.total_steps={steps}" for name, steps in zip(names, case.stages, strict=True)]
+    else:
+        lengths = [f"train.total_steps={case.steps}"]
+    root = [f"data.root={DATA / case.root}"] if case.data else []
+    return [*COMMON, *root, *case.overrides, *lengths]
+
+
+def load(case: Case):
+    """The locked config of a row's run."""
+    from maskae.config import load_config
+
+    return load_config(str(ROOT / case.config), overrides_of(case))
+
+
+def folders(config, workdir: Path) -> list[Path]:
+    """The run folders that a run of `config` leaves: one per stage."""
+    from maskae.train import stage_folders
+
+    return list(stage_folders(config, workdir).values()) if config.stages else [workdir]
+
+
+def losses_in(config, workdir: Path) -> list[float]:
+    """The logged losses, of all stages one after the other."""
+    from maskae.monitor import read_metrics
+
+    return [row["loss"] for folder in folders(config, workdir) for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+def main(names: list[str]) -> int:
+    """Records the curves of the named rows."""
+    from maskae.train import run
+
+    for name in names:
+        path = REFERENCES / f"{name}.json"
+        if path.exists():
+            print(f"{path} is there already; a new reference is a decision: remove the old one first", file=sys.stderr)
+            return 2
+        config = load(CASES[name])
+        with tempfile.TemporaryDirectory() as folder:
+            if run(config, Path(folder) / "run"):
+                return 1
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"losses": losses_in(config, Path(folder) / "run")}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    import tests.conftest  # noqa: F401 (the eight simulated devices that the tests run on)
+
+    sys.exit(main(sys.argv[1:]))
