@@ -18,8 +18,10 @@ from maskae.errors import UserError, nearest
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
+from maskae.evaluate.graph_svm import GraphSvm
 from maskae.evaluate.matched import Matched
 from maskae.evaluate.multilabel import MultiLabel
+from maskae.evaluate.node_probe import NodeProbeEvaluator
 
 __all__ = [
     "EVALUATORS",
@@ -39,11 +41,13 @@ EVALUATORS: dict[str, type] = {
     "accuracy": Accuracy,
     "attentive": Attentive,
     "clustering": Clustering,
+    "graph_svm": GraphSvm,
     "knn": Knn,
     "linear": Linear,
     "logistic": Logistic,
     "matched": Matched,
     "multilabel": MultiLabel,
+    "node_probe": NodeProbeEvaluator,
     "rank": Rank,
     "ridge": Ridge,
 }

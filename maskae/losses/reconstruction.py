@@ -34,3 +34,20 @@ def masked_mean_squared_error(prediction: jax.Array, target: jax.Array, mask: ja
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)).mean(-1)  # [B, L]
     mask = mask.astype(jnp.float32)
     return (error * mask).sum() / mask.sum()
+
+
+def scaled_cosine_error(prediction: jax.Array, target: jax.Array, exponent: float) -> jax.Array:
+    """(1 - cos)^exponent of each row pair (GraphMAE, Hou et al., KDD 2022, equation 2); float32 [...] of [..., D] twice.
+
+    Vectors are divided by max(norm, 1e-12) as in the released code: a row of zeros has cosine 0, error 1 and no gradient.
+    """
+
+    def unit(rows: jax.Array) -> jax.Array:
+        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        squares = jnp.square(rows).sum(-1, keepdims=True)
+        # The root of 0 has an infinite slope, and infinity times 0 is NaN: no root is taken there.
+        usable = squares > 1e-24
+        return jnp.where(usable, rows * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), rows * 1e12)
+
+    # Rounding can push a cosine past 1, where a power that is not whole would be NaN.
+    return jnp.maximum(1.0 - (unit(prediction) * unit(target)).sum(-1), 0.0) ** exponent

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from maskae.systems.croma import Croma
+from maskae.systems.graph_mae import GraphMae
+from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
 
-SYSTEMS: dict[str, type] = {"croma": Croma, "mae": Mae, "mae_finetune": FineTune, "mae_probe": LinearProbe}
+SYSTEMS: dict[str, type] = {
+    "croma": Croma,
+    "graph_mae": GraphMae,
+    "graph_mae_molecules": GraphMaeMolecules,
+    "mae": Mae,
+    "mae_finetune": FineTune,
+    "mae_probe": LinearProbe,
+}
