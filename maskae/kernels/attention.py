@@ -52,8 +52,8 @@ def attention(
         soft_cap: cap * tanh(score / cap), after scale and bias, before the softmax.
         scale: a number; D**-0.5 by default.
         implementation: one of `IMPLEMENTATIONS`. "auto" takes what the benchmark found fastest for this device, length and options
-            (maskae.kernels.choice), and `xla` where nothing was measured. The device is this process's, also when compiling for another.
-            The kernels of another platform run interpreted here: right, slow, for tests.
+            (maskae.kernels.choice), and `xla` where nothing was measured. The device is that of the ambient mesh (`jax.set_mesh`), else
+            this process's. The kernels of another platform run interpreted: right, slow, for tests.
         with_log_sum_exp: also return the log of each row's sum of exponentials.
 
     Returns:
@@ -81,15 +81,32 @@ def attention(
 
 
 def resolve(implementation: str, options: Options, operands: Operands) -> str:
-    """The name of what runs: "auto" resolved for this process's device. Raises UserError for an unknown name."""
-    if implementation not in IMPLEMENTATIONS:
-        hint = nearest(implementation, IMPLEMENTATIONS)
-        raise UserError(f"unknown attention '{implementation}'{hint}; there are {', '.join(IMPLEMENTATIONS)}")
+    """The name of what runs: "auto" resolved for the device. Raises UserError for an unknown name."""
+    check_implementation(implementation)
     if implementation != "auto":
         return implementation
     query = operands.query
     lengths = query.shape[1], operands.key.shape[1]
-    return choose(jax.devices()[0].device_kind, *lengths, query.shape[-1], query.dtype, feature_names(options, operands))
+    return choose(_device_kind(), *lengths, query.shape[-1], query.dtype, feature_names(options, operands))
+
+
+def _device_kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else str(device.device_kind)
+
+
+def check_implementation(name: str) -> None:
+    """Raises UserError for an unknown name."""
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"unknown attention '{name}'{nearest(name, IMPLEMENTATIONS)}; there are {', '.join(IMPLEMENTATIONS)}")
+
+
+def check_cudnn(dtype: Any) -> None:
+    """Raises UserError where NVIDIA's kernel cannot run; jax itself says so late, and with a traceback."""
+    if jax.default_backend() != "gpu":
+        raise UserError(f"attention 'cudnn' needs an NVIDIA GPU, and this process runs on {jax.default_backend()}; use attention 'xla'")
+    if jnp.dtype(dtype).itemsize != 2:
+        raise UserError(f"attention 'cudnn' computes in 16 bits, and dtype is {jnp.dtype(dtype)}; use dtype 'bfloat16' or attention 'xla'")
 
 
 def check(options: Options, operands: Operands) -> None:
@@ -146,12 +163,8 @@ def _normalized(operands: Operands) -> Operands:
 
 
 def _check_cudnn(options: Options, operands: Operands, with_log_sum_exp: bool) -> None:
-    """Raises UserError where NVIDIA's kernel cannot do what is asked; jax itself says so late, and with a traceback."""
-    if jax.default_backend() != "gpu":
-        raise UserError(f"attention 'cudnn' needs an NVIDIA GPU, and this process runs on {jax.default_backend()}; use attention 'xla'")
-    dtype = operands.query.dtype
-    if dtype.itemsize != 2:
-        raise UserError(f"attention 'cudnn' computes in 16 bits, and dtype is {dtype}; use dtype 'bfloat16' or attention 'xla'")
+    """Raises UserError where NVIDIA's kernel cannot do what is asked."""
+    check_cudnn(operands.query.dtype)
     lacking = {
         "soft cap": options.soft_cap is not None,
         "positions": operands.slopes is not None,

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, nearest
+from maskae.kernels.attention import attention, check_cudnn, check_implementation
+from maskae.kernels.operands import IMPLEMENTATIONS
 from maskae.nn.patches import patchify
 from maskae.nn.sharding import constrain, gather_parameters
 
@@ -18,7 +20,7 @@ Initializer = Callable[..., jax.Array]
 Dtype = Any
 
 xavier: Initializer = nn.initializers.xavier_uniform()
-ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+ATTENTION_IMPLEMENTATIONS = IMPLEMENTATIONS
 DTYPES = ("float32", "bfloat16", "float16")
 QKV_BIASES = ("all", "query_value", "none")
 
@@ -121,33 +123,135 @@ class OutProjection(nn.Module):
         return jnp.einsum("bnhk,hkd->bnd", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
-def check_cudnn(dtype: Dtype) -> None:
-    """Raises UserError where cuDNN's fused attention cannot run; jax itself says so late, and with a traceback."""
-    if jax.default_backend() != "gpu":
-        raise UserError(f"attention 'cudnn' needs an NVIDIA GPU, and this process runs on {jax.default_backend()}; use attention 'xla'")
-    if jnp.dtype(dtype).itemsize != 2:
-        raise UserError(f"attention 'cudnn' computes in 16 bits, and dtype is {jnp.dtype(dtype)}; use dtype 'bfloat16' or attention 'xla'")
+class AttentionContext(NamedTuple):
+    """What attention knows of its tokens besides their vectors; None where something is not used. See `maskae.kernels.attention`.
+
+    Attributes:
+        key_mask: bool [B, M], True where a key may be attended to.
+        segments: int32 [B, N]; tokens attend to those of their own segment (several samples packed into one row).
+        positions: float32 [B, N, C], with `slopes` float32 [heads] for a bias of minus slope times distance.
+        key_segments, key_positions: those of the keys, [B, M] and [B, M, C], where these are other tokens than the queries.
+    """
+
+    key_mask: jax.Array | None = None
+    segments: jax.Array | None = None
+    positions: jax.Array | None = None
+    slopes: jax.Array | None = None
+    key_segments: jax.Array | None = None
+    key_positions: jax.Array | None = None
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    context: AttentionContext | None = None,
+    soft_cap: float | None = None,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Attention of [B, N, heads, d] over [B, M, heads, d], scale d^-0.5, softmax in float32; with a given bias, or by `context` alone.
+
+    Raises UserError for an unknown implementation, one that cannot do this, and for a bias together with what only `context` can say.
+    """
+    check_implementation(implementation)
+    if bias is None:
+        seen = context or AttentionContext()
+        return attention(
+            query,
+            key,
+            value,
+            key_mask=seen.key_mask,
+            query_segments=seen.segments,
+            key_segments=seen.segments if seen.key_segments is None else seen.key_segments,
+            query_positions=seen.positions,
+            key_positions=seen.positions if seen.key_positions is None else seen.key_positions,
+            slopes=seen.slopes,
+            soft_cap=soft_cap,
+            implementation=implementation,
+        )
+    if context is not None or soft_cap is not None or implementation not in ("auto", "xla", "cudnn"):
+        raise UserError("an attention_bias goes with attention 'xla', 'cudnn' or 'auto' alone; positions and slopes go with all")
+    if implementation == "cudnn":
+        check_cudnn(query.dtype)
+    chosen: Any = "cudnn" if implementation == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=chosen)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, scale head_dim^-0.5, softmax in float32. `implementation` "cudnn" needs a GPU and a 16-bit `dtype`."""
+    """Multi-head self-attention, scale head_dim^-0.5, softmax in float32.
+
+    `implementation` is one of `maskae.kernels.operands.IMPLEMENTATIONS`; "cudnn" needs a GPU and a 16-bit `dtype`. Scores are bounded by
+    `soft_cap` where it is given.
+    """
 
     heads: int
     qkv_bias: str = "all"
-    implementation: Any = "xla"
+    implementation: str = "xla"
+    kernel_init: Initializer = xavier
+    dtype: Dtype = jnp.float32
+    soft_cap: float | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attention_bias: jax.Array | None = None, context: AttentionContext | None = None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `attention_bias` is added to the scaled scores, broadcastable to [B, heads, N, N]."""
+        check_implementation(self.implementation)
+        if self.implementation == "cudnn":
+            check_cudnn(self.dtype)
+        query, key, value = QkvProjection(self.heads, self.qkv_bias, self.kernel_init, self.dtype, name="qkv")(x)
+        options: dict[str, Any] = {"soft_cap": self.soft_cap, "implementation": self.implementation}
+        mixed = attend(query, key, value, bias=attention_bias, context=context, **options)
+        return OutProjection(self.kernel_init, self.dtype, name="out")(mixed)
+
+
+class HeadsProjection(nn.Module):
+    """One linear map into heads: `kernel` [D, heads, head_dim] and, where `use_bias`, `bias` [heads, head_dim]."""
+
+    heads: int
+    head_dim: int
+    use_bias: bool = True
     kernel_init: Initializer = xavier
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, attention_bias: jax.Array | None = None) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `attention_bias` is added to the scaled scores, broadcastable to [B, heads, N, N]."""
-        if self.implementation not in ATTENTION_IMPLEMENTATIONS:
-            hint = nearest(self.implementation, ATTENTION_IMPLEMENTATIONS)
-            raise UserError(f"unknown attention '{self.implementation}'{hint}; there are {', '.join(ATTENTION_IMPLEMENTATIONS)}")
-        if self.implementation == "cudnn":
-            check_cudnn(self.dtype)
-        query, key, value = QkvProjection(self.heads, self.qkv_bias, self.kernel_init, self.dtype, name="qkv")(x)
-        mixed = jax.nn.dot_product_attention(query, key, value, bias=attention_bias, implementation=self.implementation)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, heads, head_dim]."""
+        width, shape = x.shape[-1], (self.heads, self.head_dim)
+        kernel = self.param("kernel", lambda key: self.kernel_init(key, (width, math.prod(shape)), jnp.float32).reshape(width, *shape))
+        projected = jnp.einsum("bnd,dhk->bnhk", x, kernel.astype(self.dtype))  # [B, N, heads, head_dim]
+        if self.use_bias:
+            projected = projected + self.param("bias", nn.initializers.zeros, shape).astype(self.dtype)
+        return constrain(projected, "batch", None, "tensor")
+
+
+class CrossAttention(nn.Module):
+    """Queries from one set of tokens, keys and values from another, by three maps `query`, `key`, `value`, and back by `out`."""
+
+    heads: int
+    qkv_bias: bool = True
+    implementation: str = "xla"
+    kernel_init: Initializer = xavier
+    dtype: Dtype = jnp.float32
+    soft_cap: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, seen: jax.Array, attention_bias: jax.Array | None = None, context: AttentionContext | None = None
+    ) -> jax.Array:
+        """[B, N, D] and what it looks at [B, M, E] -> [B, N, D]; bias and context as for `Attention`, keys being those of `seen`.
+
+        Raises UserError where `heads` does not divide D.
+        """
+        width = x.shape[-1]
+        if width % self.heads:
+            raise UserError(f"{self.heads} heads do not divide a width of {width}")
+        parts = []
+        for name, tokens in (("query", x), ("key", seen), ("value", seen)):
+            projection = HeadsProjection(self.heads, width // self.heads, self.qkv_bias, self.kernel_init, self.dtype, name=name)
+            parts.append(projection(tokens))
+        options: dict[str, Any] = {"soft_cap": self.soft_cap, "implementation": self.implementation}
+        mixed = attend(*parts, bias=attention_bias, context=context, **options)
         return OutProjection(self.kernel_init, self.dtype, name="out")(mixed)
 
 
@@ -203,14 +307,21 @@ class Block(nn.Module):
     attention: str = "xla"
     kernel_init: Initializer = xavier
     dtype: Dtype = jnp.float32
+    soft_cap: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, attention_bias: jax.Array | None = None, drop: DropPath | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        attention_bias: jax.Array | None = None,
+        drop: DropPath | None = None,
+        context: AttentionContext | None = None,
+    ) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         x = constrain(x, "batch")
         branch = LayerNorm(self.epsilon, self.dtype, name="norm1")(x)
-        attention = Attention(self.heads, self.qkv_bias, self.attention, self.kernel_init, self.dtype, name="attention")
-        branch = attention(branch, attention_bias)
+        mix = Attention(self.heads, self.qkv_bias, self.attention, self.kernel_init, self.dtype, self.soft_cap, name="attention")
+        branch = mix(branch, attention_bias, context)
         x = x + self._finish(branch, "layer_scale1", drop, 0)
         branch = LayerNorm(self.epsilon, self.dtype, name="norm2")(x)
         hidden = int(x.shape[-1] * self.mlp_ratio)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maskae.errors import UserError, nearest
-from maskae.nn.layers import Block, DropPath
+from maskae.nn.layers import AttentionContext, Block, DropPath
 from maskae.nn.sharding import gather_parameters
 
 REMAT_POLICIES = ("none", "dots", "full", "offload")
@@ -61,6 +61,7 @@ def run_blocks(
     position: jax.Array | None = None,
     attention_bias: jax.Array | None = None,
     drop: DropPath | None = None,
+    context: AttentionContext | None = None,
     scan: bool = False,
     remat: str = "none",
     collect: bool = False,
@@ -77,6 +78,7 @@ def run_blocks(
         position: added to the input of every block, broadcastable to [B, N, D] (Yu et al. 2022, Point-BERT).
         attention_bias: added to every block's scores, broadcastable to [B, heads, N, N].
         drop: rates [depth] and draws [depth, 2, B].
+        context: masks, segments and positions of the tokens, the same for every block.
         collect: also return every block's output.
 
     Returns:
@@ -90,12 +92,14 @@ def run_blocks(
         return x, None
     names = [str(block.name) for block in blocks]
     params = [module.variables["params"][name] for name in names]
+    # Blocks of other kinds need not know of it.
+    beside: dict[str, Any] = {} if context is None else {"context": context}
     plain: Any = blocks[0].clone(parent=None, name=None)
 
     def apply(x: jax.Array, block_params: dict[str, Any], block_drop: DropPath | None) -> jax.Array:
         x = checkpoint_name(x, BLOCK_INPUT)
         x = x if position is None else x + position
-        return plain.apply({"params": gather_parameters(block_params)}, x, attention_bias, block_drop)
+        return plain.apply({"params": gather_parameters(block_params)}, x, attention_bias, block_drop, **beside)
 
     step = rematerialise(apply, remat)
     if not scan:

@@ -11,7 +11,20 @@ import pytest
 from jax.scipy.special import erf
 
 from maskae.errors import UserError
-from maskae.nn.layers import Attention, Block, DropPath, LayerNorm, OutProjection, PatchEmbed, QkvProjection, check_cudnn, drop_path, gelu
+from maskae.nn.layers import (
+    Attention,
+    AttentionContext,
+    Block,
+    CrossAttention,
+    DropPath,
+    LayerNorm,
+    OutProjection,
+    PatchEmbed,
+    QkvProjection,
+    check_cudnn,
+    drop_path,
+    gelu,
+)
 
 KEY = jax.random.key(0)
 
@@ -136,3 +149,48 @@ def test_cudnn_attention_says_that_it_needs_16_bits(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="computes in 16 bits, and dtype is float32"):
         check_cudnn(jnp.float32)
     check_cudnn(jnp.bfloat16)
+
+
+def test_context_reaches_the_scores_of_a_block() -> None:
+    x = jax.random.normal(KEY, (2, 5, 8))
+    positions, slopes = jax.random.normal(KEY, (2, 5, 2)), jnp.asarray([0.5, 0.25])
+    block = Block(2)
+    params = block.init(KEY, x)
+    distance = jnp.linalg.norm(positions[:, :, None] - positions[:, None], axis=-1)[:, None]
+    by_bias = block.apply(params, x, -slopes[:, None, None] * distance)
+    by_context = block.apply(params, x, context=AttentionContext(positions=positions, slopes=slopes))
+    np.testing.assert_allclose(by_context, by_bias, atol=2e-6)
+    np.testing.assert_allclose(Block(2, attention="pallas_tpu").apply(params, x), block.apply(params, x), atol=2e-6)
+    capped = Block(2, soft_cap=0.1).apply(params, x)
+    assert jnp.abs(capped - block.apply(params, x)).max() > 1e-3
+
+
+def test_masked_keys_change_nothing_and_segments_are_apart() -> None:
+    x = jax.random.normal(KEY, (2, 5, 8))
+    attention = Attention(2)
+    params = attention.init(KEY, x)
+    alone = attention.apply(params, x[:, :3])
+    masked = attention.apply(params, x, context=AttentionContext(key_mask=jnp.arange(5)[None] < jnp.full((2, 1), 3)))
+    np.testing.assert_allclose(masked[:, :3], alone, atol=1e-6)
+    packed = attention.apply(params, x, context=AttentionContext(segments=jnp.tile(jnp.asarray([0, 0, 0, 1, 1]), (2, 1))))
+    np.testing.assert_allclose(packed, jnp.concatenate([alone, attention.apply(params, x[:, 3:])], axis=1), atol=1e-6)
+
+
+def test_cross_attention_looks_at_other_tokens() -> None:
+    x, seen = jax.random.normal(KEY, (2, 3, 8)), jax.random.normal(KEY, (2, 5, 6))
+    layer = CrossAttention(2, qkv_bias=False)
+    params = layer.init(KEY, x, seen)
+    shapes = jax.tree.map(jnp.shape, params["params"])
+    assert shapes["key"] == {"kernel": (6, 2, 4)} and shapes["out"] == {"kernel": (2, 4, 8), "bias": (8,)}
+    maps = {name: np.asarray(part["kernel"]).reshape(-1, 8) for name, part in params["params"].items()}
+    query, key, value = (np.asarray(tokens) @ maps[name] for name, tokens in (("query", x), ("key", seen), ("value", seen)))
+    weights = [np.exp(query[..., part] @ key[..., part].swapaxes(1, 2) / 2) for part in (slice(4), slice(4, 8))]
+    heads = [each / each.sum(-1, keepdims=True) @ value[..., 4 * i : 4 * i + 4] for i, each in enumerate(weights)]
+    np.testing.assert_allclose(layer.apply(params, x, seen), np.concatenate(heads, -1) @ maps["out"], atol=2e-6)
+    one_seen = layer.apply(params, x, seen, context=AttentionContext(key_mask=jnp.tile(jnp.arange(5) < 1, (2, 1))))
+    np.testing.assert_allclose(one_seen, layer.apply(params, x, seen[:, :1]), atol=2e-6)
+
+
+def test_a_given_bias_is_not_for_kernels() -> None:
+    with pytest.raises(UserError, match="attention_bias goes with attention 'xla'"):
+        Attention(2, implementation="pallas_tpu").init(KEY, jnp.zeros((1, 2, 8)), jnp.zeros((2, 2)))
