@@ -41,6 +41,16 @@ def sincos_2d(width: int, grid: tuple[int, int], cls_token: bool = True) -> np.n
     return table.astype(np.float32)
 
 
+def sincos_at(width: int, coordinates: jax.Array) -> jax.Array:
+    """The rows of `sincos_2d` at any (row, column) coordinates [..., 2], float32 [..., width]. Raises UserError as it does."""
+    if width % 4:
+        raise UserError(f"a 2-D sine-cosine position table needs a width that is a multiple of 4, not {width}")
+    quarter = width // 4
+    omega = jnp.asarray(10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter), jnp.float32)
+    row, column = (coordinates[..., axis, None].astype(jnp.float32) * omega for axis in (0, 1))  # [..., width / 4]
+    return jnp.concatenate([jnp.sin(column), jnp.cos(column), jnp.sin(row), jnp.cos(row)], axis=-1)  # [..., width]
+
+
 def bicubic_matrix(source: int, target: int) -> np.ndarray:
     """float64 [target, source]: 1-D cubic interpolation with a = -0.75, half-pixel centres, clamped borders and no antialiasing.
 

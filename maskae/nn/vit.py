@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskae.errors import UserError
 from maskae.masking import restore_tokens, take_tokens
-from maskae.nn.layers import Block, DropPath, Dtype, LayerNorm, PatchEmbed, xavier
+from maskae.nn.layers import AttentionContext, Block, DropPath, Dtype, LayerNorm, PatchEmbed, xavier
 from maskae.nn.patches import patch_grid
-from maskae.nn.positions import resize_positions, sincos_2d
+from maskae.nn.positions import resize_positions, sincos_2d, sincos_at
 from maskae.nn.sharding import constrain
 from maskae.nn.stack import drop_path_rates, run_blocks
 
@@ -104,16 +105,41 @@ class ViTEncoder(nn.Module):
             attention_bias: broadcastable to [B, heads, 1+n, 1+n].
             collect: also return every block's output.
         """
-        x = self._prepend_cls(tokens) if self.with_cls else tokens  # [B, (1+)n, D]
+        x = self.prepend_cls(tokens) if self.with_cls else tokens  # [B, (1+)n, D]
         drop = None if draws is None or not self.drop_path else DropPath(drop_path_rates(self.drop_path, self.depth), draws)
         options: dict[str, Any] = {"scan": self.scan, "remat": self.remat, "collect": collect}
         x, blocks = run_blocks(self, self.blocks, x, attention_bias=attention_bias, drop=drop, **options)
         return Encoded(self.norm(x) if self.final_norm else x, blocks)
 
-    def _prepend_cls(self, tokens: jax.Array) -> jax.Array:
+    def prepend_cls(self, tokens: jax.Array) -> jax.Array:
+        """Patch tokens [B, n, D] -> CLS with its position, then they [B, 1+n, D]."""
         # The CLS position is looked up on the table's own grid: resizing leaves that row as it is.
         cls = self.cls_token + self.position_table(self.grid)[:, :1] if self.with_position else self.cls_token
         return jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (tokens.shape[0], 1, self.width)), tokens], axis=1)
+
+    def embed_patches(self, patches: jax.Array, coordinates: jax.Array) -> jax.Array:
+        """Patches [B, n, p*p*C] at (row, column) coordinates [B, n, 2] -> tokens with the fixed positions of these [B, n, D].
+
+        For images of different sizes in one batch. Raises UserError where the positions are a parameter, which has one grid.
+        """
+        if self.trainable_position:
+            raise UserError("patches at coordinates need the fixed positions: a trainable table belongs to one grid")
+        batch, count, values = patches.shape
+        size = self.patch_size
+        single = patches.reshape(batch * count, size, size, values // size**2)  # every patch an image of its own
+        tokens = self.patch_embed(single).reshape(batch, count, self.width)  # [B, n, D]
+        if self.with_position:
+            tokens = tokens + sincos_at(self.width, coordinates).astype(self.dtype)
+        return constrain(tokens, "batch")
+
+    def encode_packed(self, rows: jax.Array, segments: jax.Array, collect: bool = False) -> Encoded:
+        """Samples packed by `maskae.nn.packing.pack`, each with its CLS from `prepend_cls` where there is one, [R, L, D] -> [R, L, D].
+
+        `segments` int32 [R, L] keeps the samples apart. There is no drop path: its draws are one per row, not per sample.
+        """
+        options: dict[str, Any] = {"scan": self.scan, "remat": self.remat, "collect": collect}
+        x, blocks = run_blocks(self, self.blocks, rows, context=AttentionContext(segments=segments), **options)
+        return Encoded(self.norm(x) if self.final_norm else x, blocks)
 
     def __call__(self, images: jax.Array, keep_indices: jax.Array | None = None, draws: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] -> [B, 1+n, D], CLS first; `keep_indices` int32 [B, n] selects patches, None keeps all of them."""
