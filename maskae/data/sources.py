@@ -13,6 +13,7 @@ import numpy as np
 from maskae.data.archive import open_archive
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
 from maskae.data.folder import open_folder
+from maskae.data.points import open_points
 from maskae.data.records import open_array_record
 from maskae.data.remote import open_remote_records
 from maskae.data.sensors import open_sentinel_pairs, open_two_sensor
@@ -106,7 +107,7 @@ class CachedSource:
         record = self.kept.get(index)
         if record is None:
             record = self.parent[index]
-            size = sum(len(value) if isinstance(value, bytes) else np.asarray(value).nbytes for value in record.values())
+            size = sum(len(value) if isinstance(value, bytes) else value.nbytes for value in record.values() if not isinstance(value, int))
             with self.lock:
                 if index not in self.kept and self.used[0] + size <= self.limit:
                     self.kept[index] = record
@@ -221,6 +222,7 @@ SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "folder": open_folder,
     "archive": open_archive,
     "npz": open_npz,
+    "points": open_points,
     "arrayrecord": open_records,
     "tfds": open_tfds,
     "two_sensor": open_two_sensor,

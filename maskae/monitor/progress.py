@@ -34,7 +34,7 @@ class Progress:
         total_steps: int,
         *,
         initial_step: int = 0,
-        unit: str = "images",
+        unit: str = "examples",
         stream: TextIO | None = None,
         time: Callable[[], float] = system_time.monotonic,
     ) -> None:
