@@ -280,7 +280,7 @@ class Experiment:
         state = self.fresh_state()
         begins = hasattr(self.system, "begin")
         if not self.config.init_from:
-            if hasattr(self.system, "with_encoder"):
+            if hasattr(self.system, "with_encoder") or hasattr(self.system, "with_pretrained"):
                 logger.warning("init_from is empty: %s starts from an untrained encoder", self.config.system)
             if not begins:
                 return state

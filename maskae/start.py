@@ -62,8 +62,14 @@ def read(path: Path, system: Any, template: dict[str, Any]) -> Pretrained:
 def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     """`fresh` with what `path` holds: a pretrained encoder for a system that takes one, else all parameters and state.
 
+    A system that needs more of a run than its encoder's parameters (running statistics, say) takes both with `with_pretrained`.
+
     Raises UserError with every leaf that does not fit.
     """
+    if hasattr(system, "with_pretrained"):
+        whole = read(path, system, fresh.params)
+        adopted: Variables = system.with_pretrained(fresh, Variables(whole.params, whole.state))
+        return adopted
     if hasattr(system, "with_encoder"):
         template = {"encoder": fresh.state.get("encoder") or fresh.params["encoder"]}
         pretrained = read(path, system, template)

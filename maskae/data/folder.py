@@ -13,6 +13,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,16 @@ from maskae.data.contract import Record, Source, SourceArguments, Statistics, me
 from maskae.data.images import SUFFIXES
 from maskae.data.spec import IMAGE, LABEL, NO_LABEL, BadRecord, DataSpec, split_hash
 from maskae.errors import UserError, nearest
+
+
+class FileKind(NamedTuple):
+    """Which files of a folder count: what to call them in a message, and the ends of their names, in lower case."""
+
+    plural: str
+    suffixes: tuple[str, ...]
+
+
+IMAGES = FileKind("images", SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -67,32 +78,32 @@ def read_bytes(path: Path) -> bytes:
         raise BadRecord(error.strerror or str(error)) from error
 
 
-def image_files(folder: Path) -> list[str]:
-    """Paths of all image files below a folder, relative to it, with forward slashes, sorted; links to folders are followed."""
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Paths of all files of these suffixes below a folder, relative to it, with forward slashes, sorted; links to folders are followed."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(parent, folder).replace(os.sep, "/")
         prefix = "" if relative == "." else relative + "/"
-        found += [prefix + name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [prefix + name for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(found)
 
 
-def list_folder(folder: Path, name: str, class_names: tuple[str, ...] | None = None) -> Listing:
-    """The images below a folder, with the subfolders as classes (`class_names` gives them where they are already known).
+def list_folder(folder: Path, name: str, class_names: tuple[str, ...] | None = None, kind: FileKind = IMAGES) -> Listing:
+    """The files of a kind below a folder, with the subfolders as classes (`class_names` gives them where they are already known).
 
-    Raises UserError where there is no image, where images lie beside class folders, or for a class that is not in `class_names`.
+    Raises UserError where there is no such file, where files lie beside class folders, or for a class that is not in `class_names`.
     """
-    files = image_files(folder)
+    files = files_below(folder, kind.suffixes)
     if not files:
-        raise UserError(f"{name}: no images in {folder} (of {', '.join(SUFFIXES)})")
+        raise UserError(f"{name}: no {kind.plural} in {folder} (of {', '.join(kind.suffixes)})")
     owners = [file.partition("/")[0] if "/" in file else "" for file in files]
     classes = tuple(sorted(set(owners) - {""}))
     if not classes and not class_names:
         return Listing(tuple(files), np.full(len(files), NO_LABEL, np.int32), ())
     if "" in owners:
         raise UserError(
-            f"{name}: {owners.count('')} images, for example {files[owners.index('')]}, lie beside the class folders of {folder}"
+            f"{name}: {owners.count('')} {kind.plural}, for example {files[owners.index('')]}, lie beside the class folders of {folder}"
         )
     known = class_names if class_names is not None else classes
     for label in classes:
@@ -102,16 +113,16 @@ def list_folder(folder: Path, name: str, class_names: tuple[str, ...] | None = N
     return Listing(tuple(files), np.asarray([numbers[owner] for owner in owners], np.int32), known)
 
 
-def split_folder(root: Path, arguments: SourceArguments) -> dict[str, Listing]:
+def split_folder(root: Path, arguments: SourceArguments, kind: FileKind = IMAGES) -> dict[str, Listing]:
     """The training and the validation files: from `train/` and `val/` where both are there, else by `stratified_split`."""
     if not (root / "train").is_dir():
-        whole = list_folder(root, arguments.name)
+        whole = list_folder(root, arguments.name, kind=kind)
     elif (root / "val").is_dir():
-        train = list_folder(root / "train", arguments.name)
-        val = list_folder(root / "val", arguments.name, train.class_names)
+        train = list_folder(root / "train", arguments.name, kind=kind)
+        val = list_folder(root / "val", arguments.name, train.class_names, kind)
         return {"train": train.under("train"), "val": val.under("val")}
     else:
-        whole = list_folder(root / "train", arguments.name).under("train")
+        whole = list_folder(root / "train", arguments.name, kind=kind).under("train")
     rows = stratified_split(whole.labels, arguments.val_percent, arguments.split_seed)
     return {"train": whole.take(rows[0]), "val": whole.take(rows[1])}
 

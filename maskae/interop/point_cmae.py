@@ -11,9 +11,9 @@ import numpy as np
 
 from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
-from maskae.interop.layout import LINEAR, VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign, to_foreign
+from maskae.interop.layout import VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign, to_foreign
 from maskae.interop.vit import linear, norm, paper_block
-from maskae.losses.agreement import token_agreement
+from maskae.losses.agreement import PAIRINGS, token_agreement
 from maskae.losses.chamfer import chamfer_distance
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.masking import Mask, random_mask, take_tokens
@@ -23,7 +23,7 @@ from maskae.nn.points import Groups, farthest_point_sampling
 from maskae.optim import decay_mask
 from maskae.paths import flatten_paths, unflatten_paths
 from maskae.schedules import unshifted_cosine
-from maskae.systems.contract import Params, State, Variables
+from maskae.systems.contract import Params, Variables
 from maskae.systems.point_classifier import PointClassifier
 from maskae.systems.point_cmae import PointCmae
 from maskae.systems.point_mae import removed_indices
@@ -50,7 +50,7 @@ def _position(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 def _encoder(theirs: str) -> tuple[Rule, ...]:
-    """The encoder but for its CLS tokens; `theirs` ends with a dot or is empty. Statistics stand beside the parameters, under their path."""
+    """The encoder but for its CLS tokens, with its running statistics; `theirs` ends with a dot or is empty."""
     return (
         *_convolution("encoder/tokenizer/local1", f"{theirs}encoder.first_conv.0"),
         *norm("encoder/tokenizer/local_norm", f"{theirs}encoder.first_conv.1"),
@@ -163,6 +163,7 @@ def replay_forward(case: Case, system: PointCmae, variables: Variables) -> dict[
     """Augmentation, groups, tokens, both views, both losses, and the eval-mode losses."""
     points = augmented_points(case)
     masks = recorded_masks(case, system)
+    both = masks[0].mask * masks[1].mask  # [B, G]
 
     @jax.jit
     def forward(variables: Variables, groups: Groups) -> tuple[dict[str, Any], ...]:
@@ -170,12 +171,14 @@ def replay_forward(case: Case, system: PointCmae, variables: Variables) -> dict[
         named = system.forward(params, state, groups, masks, train=True)
         encoder = {"params": params["encoder"]}
         visible = (take_tokens(named[name], masks[0].keep_indices) for name in ("tokens", "positions"))
-        named["blocks"] = system.encoder.apply(encoder, *visible, collect=True, method="encode").blocks
+        encode: Any = system.encoder.apply
+        named["blocks"] = encode(encoder, *visible, collect=True, method="encode").blocks
         frozen = system.forward(params, state, groups, masks, train=False)
         for each in (named, frozen):
-            both = masks[0].mask * masks[1].mask
-            each["chamfer"] = [chamfer_distance(p, t, variant=system.chamfer) for p, t in zip(each["prediction"], each["target"], strict=True)]
-            each["agreement"] = {pairing: token_agreement(*each["features"], both, pairing) for pairing in ("matched", "all")}
+            first, second = each["features"]
+            pairs = zip(each["prediction"], each["target"], strict=True)
+            each["chamfer"] = [chamfer_distance(prediction, target, variant=system.chamfer) for prediction, target in pairs]
+            each["agreement"] = {pairing: token_agreement(first, second, both, pairing) for pairing in PAIRINGS}
             each["loss"] = system.objective(each, masks)[0]
         return named, frozen
 
@@ -195,7 +198,7 @@ def replay_forward(case: Case, system: PointCmae, variables: Variables) -> dict[
     found |= {f"after1/{name}": value for name, value in official_names(named["state"]).items()}
     shaped = {name: Reproduced(_first(case, name, value)) for name, value in found.items()}
     picks = farthest_point_sampling(points, system.groups)
-    integers = {"fps_idx": picks, "knn_idx": groups.members, "comask": masks[0].mask * masks[1].mask}
+    integers = {"fps_idx": picks, "knn_idx": groups.members, "comask": both}
     return shaped | {name: exact(value) for name, value in integers.items()}
 
 
@@ -218,12 +221,12 @@ def replay_gradients(case: Case, system: PointCmae, variables: Variables) -> dic
     total, agreement = (official_names(tree) for tree in jax.jit(jax.jacrev(losses))(variables.params))
     found = {f"grad/{name}": Reproduced(value, GRADIENT) for name, value in total.items()}
     found |= {f"grad_contras/{name}": Reproduced(value, GRADIENT) for name, value in agreement.items()}
-    norms = {name: np.linalg.norm(value.astype(np.float64).ravel()) for name, value in total.items()}
-    largest = max(norms.values())
-    for name, norm in norms.items():
-        tiny = abs(case.outputs.get(f"gradnorm/{name}", np.float64(1))) < 1e-9
+    lengths = {name: float(np.linalg.norm(value.astype(np.float64).ravel())) for name, value in total.items()}
+    largest = max(lengths.values())
+    for name, length in lengths.items():
+        tiny = abs(float(case.outputs.get(f"gradnorm/{name}", np.ones(())))) < 1e-9
         note = "its true gradient is 0: a bias before batch norm" if tiny else ""
-        found[f"gradnorm/{name}"] = Reproduced(norm, GRADIENT, absolute=1e-6 * largest if tiny else 0.0, note=note)
+        found[f"gradnorm/{name}"] = Reproduced(length, GRADIENT, absolute=1e-6 * largest if tiny else 0.0, note=note)
     return found
 
 
@@ -246,7 +249,7 @@ def replay_classifier(case: Case) -> dict[str, Reproduced]:
 def replay_parts(case: Case, variables: Variables) -> dict[str, Reproduced]:
     """The Chamfer losses alone, the learning rates, and the numbers of decaying parameters."""
     sets = jnp.asarray(case.inputs["chamfer/p"]), jnp.asarray(case.inputs["chamfer/t"])
-    found = {}
+    found: dict[str, Reproduced] = {}
     for variant in ("l1", "l2"):
         value, gradient = jax.value_and_grad(lambda p, v=variant: chamfer_distance(p, sets[1], variant=v))(sets[0])
         found |= {f"chamfer/{variant}": Reproduced(value), f"chamfer/d{variant}_dp": Reproduced(gradient, GRADIENT)}
@@ -256,8 +259,7 @@ def replay_parts(case: Case, variables: Variables) -> dict[str, Reproduced]:
     rates = [float(schedule(max(epoch - 1, 0))) for epoch in range(options["epochs"] + 1)]
     flat = flatten_paths(decay_mask(variables.params, ("vectors", "cls_token", "mask_token")))
     names = {path: POINT_CMAE.names(path) for path in flat}
-    decays = sum(len(found_[0]) for path, found_ in names.items() if flat[path] and found_)
-    others = sum(len(found_[0]) for path, found_ in names.items() if not flat[path] and found_)
+    decays, others = (sum(len(each[0]) for path, each in names.items() if flat[path] == decay and each) for decay in (True, False))
     found |= {"decay_count": exact(decays + DEAD_DECAYING), "no_decay_count": exact(others + DEAD_OTHERS)}
     return found | {"lr_per_epoch": Reproduced(rates)}
 

@@ -8,6 +8,9 @@ from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
+from maskae.systems.point_classifier import PointClassifier
+from maskae.systems.point_cmae import PointCmae
+from maskae.systems.point_mae import PointMae
 
 SYSTEMS: dict[str, type] = {
     "croma": Croma,
@@ -16,4 +19,7 @@ SYSTEMS: dict[str, type] = {
     "mae": Mae,
     "mae_finetune": FineTune,
     "mae_probe": LinearProbe,
+    "point_classifier": PointClassifier,
+    "point_cmae": PointCmae,
+    "point_mae": PointMae,
 }

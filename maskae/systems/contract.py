@@ -34,6 +34,8 @@ class System(Protocol):
         reconstruct(params, state, batch, rng) -> panels to look at, each float32 [B, H, W, C] in normalised units.
         draw(params, state, batch, rng, spec) -> pictures of other kinds by name, uint8 [H, W, 3]; on the host.
         raw_features(batch) -> {"pooled": [B, D]}: the input itself as a baseline, where it is not an image.
+        with_encoder(variables, encoder, grid) -> variables with a pretrained encoder's parameters, for `init_from`; or, where more than the
+            encoder's parameters is taken (running statistics), with_pretrained(variables, pretrained).
         begin(variables, stage) -> variables of the same shapes, on the host, once before the first step: k-means centres, pseudo labels,
             frozen copies. `stage` (`maskae.stages.StageData`) gives all training records and the stages before.
         order(variables, batch_size, seed) -> the endless data order, `order[j]` a record (`maskae.data.pipeline.Order`), where it is not a

@@ -111,7 +111,7 @@ class PointClassifier(PointArguments):
         return Variables(params, state)
 
     def with_pretrained(self, variables: Variables, pretrained: Variables) -> Variables:
-        """`variables` with the tokenizer, positions, blocks, norm and running statistics of a pretrained system; its CLS tokens are not used.
+        """`variables` with the encoder and the running statistics of a pretrained system, whose CLS tokens are not used.
 
         Raises:
             UserError: listing every leaf that is missing or has another shape.

@@ -49,5 +49,6 @@ class PointCmae(PointMae):
         """Point-MAE's reconstruction of both views and the agreement of what both hide; no stop-gradient, no negatives."""
         reconstruction, metrics = super().objective(named, masks)
         both = masks[0].mask * masks[1].mask  # [B, G]
-        agreement = token_agreement(*named["features"], both, self.pairing)
+        first, second = named["features"]
+        agreement = token_agreement(first, second, both, self.pairing)
         return reconstruction + self.agreement_weight * agreement, metrics | {"agreement": agreement}

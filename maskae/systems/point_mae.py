@@ -64,7 +64,8 @@ class PointMae(PointArguments):
         check_choice("chamfer", self.chamfer, VARIANTS)
         check_heads("width", self.width, self.decoder_heads)
         if not 0 < self.visible < self.groups:
-            raise UserError(f"mask_ratio={self.mask_ratio} leaves {self.visible} of {self.groups} groups visible; leave 1 to {self.groups - 1}")
+            leaves = f"mask_ratio={self.mask_ratio} leaves {self.visible} of {self.groups} groups visible"
+            raise UserError(f"{leaves}; leave 1 to {self.groups - 1}")
 
     @property
     def visible(self) -> int:
@@ -87,7 +88,8 @@ class PointMae(PointArguments):
         offsets, centres = self.blank_groups()
         encoder = self.encoder.init(keys[0], offsets, centres)
         visible, restore = jnp.zeros((1, self.visible, self.width)), jnp.arange(self.groups)[None]
-        decoders = {name: self.decoder.init(key, visible, restore, centres)["params"] for name, key in zip(self.decoders, keys[1:], strict=True)}
+        fresh = (self.decoder.init(key, visible, restore, centres)["params"] for key in keys[1:])
+        decoders = dict(zip(self.decoders, fresh, strict=True))
         return Variables({"encoder": encoder["params"], **decoders}, {STATISTICS: {"encoder": encoder[STATISTICS]}})
 
     def embed(self, params: Params, state: State, offsets: jax.Array, train: bool) -> tuple[jax.Array, State]:
@@ -149,12 +151,11 @@ class PointMae(PointArguments):
         `trivial_chamfer` is that of predicting every point at its group's centre: a Chamfer distance near it has learned nothing.
         """
         views = list(zip(named["prediction"], named["target"], strict=True))
-        distances = [chamfer_distance(prediction, target, variant=self.chamfer) for prediction, target in views]
-        total = sum(distances)
+        total = jnp.stack([chamfer_distance(prediction, target, variant=self.chamfer) for prediction, target in views]).sum()
         # Every group holds its own centre, so that only the targets have a way to go.
-        squares = [jnp.square(target).sum(-1) for _, target in views]
-        trivial = sum(square.mean() if self.chamfer == "l2" else jnp.sqrt(square).mean() / 2 for square in squares)
-        metrics = {"chamfer": total / len(views), "trivial_chamfer": trivial / len(views)}
+        square = jnp.square(jnp.stack([target for _, target in views])).sum(-1)  # [views, B, m, M]
+        trivial = square.mean() if self.chamfer == "l2" else jnp.sqrt(square).mean() / 2
+        metrics = {"chamfer": total / len(views), "trivial_chamfer": trivial}
         return self.reconstruction_weight * total, metrics | {"token_deviation": token_deviation(named["features"][0])}
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
