@@ -18,6 +18,7 @@ from jax import Array
 
 from maskae.data.device import flip
 from maskae.errors import UserError, nearest
+from maskae.nn.batch_norm import at_least_float32
 
 __all__ = [
     "color_jitter",
@@ -52,8 +53,9 @@ def chosen(example: Array, key: Array, probability: float) -> Array:
 
 
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """(images - mean) / std per channel; one value stands for all channels. float32 [B, H, W, C]."""
-    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    """(images - mean) / std per channel; one value stands for all channels. float [B, H, W, C], at least float32."""
+    wide = at_least_float32(images)
+    return (wide - jnp.asarray(mean, wide.dtype)) / jnp.asarray(std, wide.dtype)
 
 
 def draw_crop_boxes(

@@ -19,11 +19,16 @@ STATISTICS = "batch_stats"
 
 
 class Moments(NamedTuple):
-    """`mean` and biased `variance` float32 [C], and `positions`, the float32 number of positions that they were taken over."""
+    """`mean` and biased `variance` [C], and `positions`, the number of positions that they were taken over."""
 
     mean: jax.Array
     variance: jax.Array
     positions: jax.Array
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 where it is that already (reference computations)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
@@ -34,15 +39,15 @@ def moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
         mask: bool (or 0 and 1), broadcastable to x.shape[:-1] (visible cells, valid points); None takes all positions.
 
     Returns:
-        float32 `Moments`. No visible position at all gives mean and variance 0 and 0 positions.
+        `Moments` in at least float32. No visible position at all gives mean and variance 0 and 0 positions.
     """
-    wide = x.astype(jnp.float32)
+    wide = at_least_float32(x)
     axes = tuple(range(x.ndim - 1))
     if mask is None:
-        count = jnp.float32(x.size // x.shape[-1])
+        count = jnp.asarray(x.size // x.shape[-1], wide.dtype)
         mean = wide.mean(axes)
         return Moments(mean, jnp.square(wide - mean).mean(axes), count)
-    seen = jnp.broadcast_to(mask, x.shape[:-1]).astype(jnp.float32)[..., None]  # [..., 1]
+    seen = jnp.broadcast_to(mask, x.shape[:-1]).astype(wide.dtype)[..., None]  # [..., 1]
     count = seen.sum()
     divisor = jnp.maximum(count, 1.0)
     mean = (wide * seen).sum(axes) / divisor
@@ -56,7 +61,7 @@ def moved_statistics(running: dict[str, jax.Array], batch: Moments, momentum: fl
     new = jax.lax.stop_gradient({"mean": batch.mean, "variance": unbiased})
     # A batch in which nothing is visible says nothing.
     rate = jnp.where(batch.positions > 0, momentum, 0.0)
-    return {name: running[name] + rate * (new[name] - running[name]) for name in new}
+    return {name: running[name] + (rate * (new[name] - running[name])).astype(running[name].dtype) for name in new}
 
 
 class BatchNorm(nn.Module):
@@ -87,13 +92,13 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1]
         mean = self.variable(STATISTICS, "mean", jnp.zeros, (channels,))
         variance = self.variable(STATISTICS, "variance", jnp.ones, (channels,))
-        used = Moments(mean.value, variance.value, jnp.float32(0))
+        used = Moments(mean.value, variance.value, jnp.zeros(()))
         if train:
             used = moments(x, mask)
             if not self.is_initializing() and self.is_mutable_collection(STATISTICS):
                 moved = moved_statistics({"mean": mean.value, "variance": variance.value}, used, self.momentum)
                 mean.value, variance.value = moved["mean"], moved["variance"]
-        y = (x.astype(jnp.float32) - used.mean) * jax.lax.rsqrt(used.variance + self.epsilon)
+        y = (at_least_float32(x) - used.mean) * jax.lax.rsqrt(used.variance + self.epsilon)
         if self.affine:
             scale = self.param("scale", nn.initializers.constant(self.scale_init), (channels,))
             y = y * scale + self.param("bias", nn.initializers.zeros, (channels,))

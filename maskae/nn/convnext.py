@@ -1,6 +1,6 @@
 """ConvNeXt as a pyramid of maps (Liu et al. 2022, arXiv 2201.03545), dense or on visible cells only (SparK, arXiv 2301.03580).
 
-Names: `downsample{0..3}/{conv,norm}`, `stage{1..}_block{0..}/{depthwise,norm,expand,project,gamma}`.
+Names: `downsample{0..3}/{conv,norm}`, `stage{0..}_block{0..}/{depthwise,norm,expand,project,gamma}`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ConvNeXt(nn.Module):
                 drop = None
                 if train and self.drop_path and drop_draws is not None:
                     drop = (jnp.float32(self.drop_path * index / max(depth - 1, 1)), drop_draws[index])
-                x = block(self.layer_scale, self.dtype, name=f"stage{stage + 1}_block{number}")(x, visible, drop)
+                x = block(self.layer_scale, self.dtype, name=f"stage{stage}_block{number}")(x, visible, drop)
                 named[f"stage{stage}_block{number}"] = x
                 index += 1
             maps.append(x)

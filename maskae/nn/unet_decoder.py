@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, nearest
-from maskae.nn.batch_norm import BatchNorm
+from maskae.nn.batch_norm import BatchNorm, at_least_float32
 from maskae.nn.layers import LayerNorm
 from maskae.nn.sharding import constrain
 from maskae.nn.sparse_conv import masked, visible_at
@@ -126,7 +126,7 @@ class SparkDecoder(nn.Module):
             x = block(max(self.width // 2 ** (i + 1), 1), self.train, self.dtype, name=f"block{i}")(x)
             named[f"decoder_block{i}"] = x
         head = nn.Conv(self.channels, (1, 1), kernel_init=truncated, dtype=self.dtype, name="head")
-        pixels = head(x).astype(jnp.float32)  # [B, H, W, channels]
+        pixels = at_least_float32(head(x))  # [B, H, W, channels]
         return pixels, named | {"rec_image": pixels}
 
     def flops(self, size: tuple[int, int], widths: Sequence[int]) -> float:

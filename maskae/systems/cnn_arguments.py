@@ -45,7 +45,8 @@ class CnnArguments:
         layer_scale: ConvNeXt's, at the start.
         mean, std: what the network's input is normalised by, per channel or one value for all.
         drop_path: rate of stochastic depth at the last block, rising linearly from 0 at the first.
-        dtype: of the computation; parameters, norms and loss are float32.
+        dtype: of the computation; parameters, norms and loss are float32. "float64" is for comparisons with recorded references, under
+            `jax.enable_x64`: rectifiers turn a rounding error next to 0 into a different gradient.
         remat: compute blocks anew in the backward pass.
 
     Raises:
@@ -72,7 +73,7 @@ class CnnArguments:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
         check_choice("network", self.network, NETWORKS)
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, (*DTYPES, "float64"))
         check_share("drop_path", self.drop_path)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
