@@ -9,9 +9,9 @@ float32 operands are multiplied as jax.default_matmul_precision says, which by d
 
 Verified without a GPU, on jax 0.10.2 and 0.12: values and gradients in interpreter mode against float64, and that Triton's lowering rules
 take every kernel for CUDA (both tests/kernels/test_attention_gpu.py). By hand, the lowered kernels were compiled by Triton 3.9 for compute
-capabilities 8.0, 8.6, 9.0 and 10.0: at most 83 KB of shared memory, tensor cores in use, no register spilled but 104 bytes on 8.6 with
-every option at once. Not verified: numbers and times on a GPU. `auto` takes these kernels only where tools/bench_kernels.py found that
-they win. jax 0.12 announces that it will drop Triton; on a jax without it these functions say so.
+capabilities 8.0, 8.6, 9.0 and 10.0: at most 81 KiB of shared memory, tensor cores in use, registers spilled only on 8.6 (at most 104 bytes,
+with every option at once). Not verified: numbers and times on a GPU. `auto` takes these kernels only where tools/bench_kernels.py found
+that they win. jax 0.12 announces that it will drop Triton; on a jax without it these functions say so.
 """
 
 from __future__ import annotations
