@@ -13,6 +13,7 @@ import numpy as np
 from maskae.data.archive import open_archive
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
 from maskae.data.folder import open_folder
+from maskae.data.graphs import open_graph_set, open_planetoid
 from maskae.data.points import open_points
 from maskae.data.records import open_array_record
 from maskae.data.remote import open_remote_records
@@ -225,6 +226,8 @@ SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "points": open_points,
     "arrayrecord": open_records,
     "tfds": open_tfds,
+    "planetoid": open_planetoid,
+    "tu": open_graph_set,
     "two_sensor": open_two_sensor,
     "sentinel_pairs": open_sentinel_pairs,
 }
