@@ -131,6 +131,7 @@ def default_config() -> ConfigDict:
             "seed": 0,  # of the probes' draws; apart from the run's, so that runs with other seeds are probed alike
             "evaluators": {},  # name -> arguments, see maskae.evaluate.EVALUATORS
             "baselines": True,  # evaluate the untrained encoder and raw pixels too, once
+            "map_examples": 0,  # validation records in a map of the features (two principal components, coloured by label); 0: none
             "panels": 8,  # images in the reconstruction panel; 0: none
             "finetune": "",  # a config file to fine-tune with at the end, e.g. configs/mae_finetune.py:tiny
         },
@@ -187,12 +188,13 @@ def _open_stage_key(config: ConfigDict, key: str) -> None:
     _, name, *parts = key.split(".")
     if name not in config.stage:
         raise UserError(f"--config.{key}: no stage '{name}'{nearest(name, config.stage)}; there are {', '.join(config.stage) or 'none'}")
-    whole: Any = stage_config(config, name)
+    stage = stage_config(config, name)
+    whole: Any = stage
     partial: Any = config.stage[name]
     with config.unlocked():
         for depth, part in enumerate(parts):
             if not isinstance(whole, ConfigDict) or part not in whole:
-                raise UserError(f"--config.{key}: no key '{'.'.join(parts[:depth + 1])}'{nearest('.'.join(parts), all_keys(whole))}")
+                raise UserError(f"--config.{key}: no key '{'.'.join(parts[:depth + 1])}'{nearest('.'.join(parts), all_keys(stage))}")
             parent, whole = whole, whole[part]
             for each in (part, *siblings(part)) if is_duration(part) else (part,):
                 if each not in partial:

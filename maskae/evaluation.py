@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 
 from maskae import config as config_module
 from maskae import evaluate
+from maskae.data.sources import LimitedSource
 from maskae.errors import UserError
 from maskae.experiment import Experiment
 from maskae.monitor import Writer
 from maskae.monitor.tables import write_atomically
 from maskae.panels import TITLES, panel_sheet
+from maskae.plots import draw_embedding
 from maskae.run_folder import read_json
 from maskae.step import TrainState, purpose_key
 
@@ -109,6 +111,8 @@ class Evaluation:
 
     def draw(self, state: TrainState, step: int, writer: Writer) -> None:
         """The pictures of the first validation records: reconstructions, and what else the system draws."""
+        if self.experiment.config.evaluate.map_examples:
+            writer.images(step, {"embedding": self.embedding(state, step)})
         count = self.experiment.config.evaluate.panels
         system: Any = self.experiment.system
         if not count or not (hasattr(system, "reconstruct") or hasattr(system, "draw")):
@@ -120,6 +124,16 @@ class Evaluation:
         if hasattr(system, "draw"):
             pictures = system.draw(*variables_of(state), self.experiment.prepare_evaluation(put), key, self.experiment.spec)
             writer.images(step, pictures)
+
+    def embedding(self, state: TrainState, step: int) -> np.ndarray:
+        """A map of the pooled features of validation records."""
+        count = self.experiment.config.evaluate.map_examples
+        source = LimitedSource(self.experiment.val_source, count)
+        batches = (self.experiment.put(batch) for batch in self.experiment.batches_of(source))
+        found = evaluate.extract(lambda batch: self.features(variables_of(state), batch), batches, ("pooled",))
+        spec = self.experiment.spec
+        names = spec.class_names
+        return draw_embedding(found["pooled"], found["label"], title=f"pooled features, validation, step {step}", names=names)
 
     def reconstructions(self, state: TrainState, put: dict[str, jax.Array], key: jax.Array, step: int) -> np.ndarray:
         """One sheet, a row per image."""

@@ -1,13 +1,15 @@
-"""Curves over steps, drawn by matplotlib without a display; it is imported only when something is drawn."""
+"""Curves over steps and maps of features, drawn by matplotlib without a display; it is imported only when something is drawn."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from maskae.monitor.tables import Curve
 
@@ -75,3 +77,58 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     axes.spines["bottom"].set_color("#bbbbbb")
     if len(chart.curves) + len(chart.levels) > 1:
         axes.legend(frameon=False, fontsize=8)
+
+
+def draw_embedding(points: np.ndarray, labels: np.ndarray | None = None, *, title: str = "", names: Sequence[str] = ()) -> np.ndarray:
+    """A map of feature vectors: their first two principal components, coloured by label.
+
+    Args:
+        points: float [N, D] with N of at least 2; where D is 2 they are drawn as they are.
+        labels: int [N], negative where there is none; None draws one colour.
+        title: written above.
+        names: of the labels, for a legend of at most 12.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    points = np.asarray(points, np.float64)
+    if points.shape[1] != 2:
+        centred = points - points.mean(0)
+        points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T  # [N, 2]
+    groups = [("", np.ones(len(points), bool))]
+    if labels is not None:
+        groups = [(str(names[k]) if 0 <= k < len(names) else str(k), labels == k) for k in np.unique(labels)]
+
+    def paint(axes: Any) -> None:
+        colours = colour_wheel(len(groups))
+        for (name, rows), colour in zip(groups, colours, strict=True):
+            axes.scatter(*points[rows].T[:2], s=7, color=colour, label=name, linewidths=0)
+        if 1 < len(groups) <= 12:
+            axes.legend(frameon=False, fontsize=7, markerscale=2)
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+    return draw_picture(paint, title=title)
+
+
+def colour_wheel(count: int) -> list[Any]:
+    """So many colours that can be told apart: the charts' own where they suffice."""
+    import matplotlib
+
+    return list(COLOURS[:count]) if count <= len(COLOURS) else [matplotlib.colormaps["turbo"](i / count) for i in range(count)]
+
+
+def draw_picture(paint: Callable[[Any], None], *, title: str = "", size: tuple[float, float] = (4.6, 4.2)) -> np.ndarray:
+    """What `paint(axes)` draws, as uint8 [H, W, 3]. `size` is in inches of 130 pixels."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9, "font.family": "sans-serif"}):
+        figure = Figure(figsize=size, layout="constrained", dpi=130)
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set_title(title, fontsize=10, loc="left", color="#222222")
+        paint(axes)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from maskae.config import load_config, split_arguments
 from maskae.errors import UserError, nearest
+from maskae.merging import stage_config
 from maskae.planning import prepare_environment
 
 # Before jax is imported: the tool itself computes on no accelerator.
@@ -70,16 +71,18 @@ def run(argv: Sequence[str]) -> int:
         return 0
     topology = parse_topology(flags.topology)
     config = load_config(flags.config, overrides)
-    if flags.search:
-        reports = search(flags.config, config, topology, formula=flags.formula)
-    else:
-        reports = [plan(flags.config, config, topology, formula=flags.formula)]
-    chosen = reports[-1]
+    # A run in stages needs each of them to fit.
+    parts = {f"{flags.config}, stage {name}": stage_config(config, name) for name in config.stages} or {flags.config: config}
+    chosen = []
+    for name, part in parts.items():
+        given = search if flags.search else lambda *arguments, formula: [plan(*arguments, formula=formula)]
+        chosen.append(given(name, part, topology, formula=flags.formula)[-1])
+        if not flags.json:
+            print("\n".join(report_lines(chosen[-1])))
     if flags.json:
-        print(json.dumps(chosen.to_json(), indent=1))
-    else:
-        print("\n".join(report_lines(chosen)))
-    return 0 if chosen.fits else 1
+        plain = [report.to_json() for report in chosen]
+        print(json.dumps(plain if config.stages else plain[0], indent=1))
+    return 0 if all(report.fits for report in chosen) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
