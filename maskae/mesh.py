@@ -25,6 +25,8 @@ BATCH = PartitionSpec(BATCH_AXES)
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/qkv/kernel$", ("fsdp", None, "tensor", None)),
     (r"attention/qkv/bias$", (None, "tensor", None)),
+    (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"attention/(query|key|value)/bias$", ("tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
     (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
     (r"mlp/fc1/bias$", ("tensor",)),

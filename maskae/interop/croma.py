@@ -15,8 +15,7 @@ from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.layout import LINEAR, OUT_PROJECTION, VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign, to_foreign
 from maskae.nn.alibi import alibi_slopes, distance_bias, patch_coordinates
-from maskae.nn.joint import CrossAttention
-from maskae.nn.layers import Attention, LayerNorm, Mlp
+from maskae.nn.layers import Attention, CrossAttention, LayerNorm, Mlp
 from maskae.nn.positions import sincos_2d
 from maskae.nn.vit import MaeDecoder
 from maskae.paths import flatten_paths, unflatten_paths
@@ -172,18 +171,20 @@ def _inside(system: Croma, params: Any, named: Mapping[str, Any], images: dict[s
     optical, radar = (named["encoded"][sensor] for sensor in SENSORS)
     block, x = params["optical"]["block_0"], jnp.take_along_axis(embed["optical"], named["masks"]["optical"].keep_indices[..., None], 1)
     attention = Attention(system.heads, "none")
-    mixed = apply(attention, block["attention"], apply(norm, block["norm1"], x), system.bias(optical.positions, optical.positions))
+    own = system.distances(optical.positions, optical.positions)
+    mixed = apply(attention, block["attention"], apply(norm, block["norm1"], x), context=own)
     fed = apply(Mlp(hidden), block["mlp"], apply(norm, block["norm2"], x + mixed))
-    block, cross = params["joint"]["block_0"], system.bias(radar.positions, optical.positions)
-    own = cross if system.joint_self_bias == "cross" else system.bias(radar.positions, radar.positions)
-    seen = apply(attention, block["attention"], apply(norm, block["norm1"], radar.tokens), own)
+    block, cross = params["joint"]["block_0"], system.distances(radar.positions, optical.positions)
+    own = cross if system.joint_self_bias == "cross" else system.distances(radar.positions, radar.positions)
+    seen = apply(attention, block["attention"], apply(norm, block["norm1"], radar.tokens), context=own)
     both = [apply(norm, block["norm2"], each) for each in (radar.tokens + seen, optical.tokens)]
-    looked = apply(CrossAttention(system.heads), block["cross_attention"], *both, cross)
+    looked = apply(CrossAttention(system.heads, False), block["cross_attention"], *both, context=cross)
     side = images["optical"].shape[1] // system.patch_size
     decoder: MaeDecoder = system.decoder
     restored = apply(decoder, params["decoder"], named["joint"], named["masks"]["radar"].restore, (side, side), method="restore")
     decoded = apply(decoder, params["decoder"], restored, True, method="decode").blocks[-1]
-    found = {"optical_block0_attn": mixed, "optical_block0_ffn": fed, "joint_self0": seen, "joint_cross0": looked, "cross_bias": cross}
+    found = {"optical_block0_attn": mixed, "optical_block0_ffn": fed, "joint_self0": seen, "joint_cross0": looked}
+    found["cross_bias"] = distance_bias(radar.positions, optical.positions, jnp.asarray(alibi_slopes(system.heads)))
     found |= {"dec_tokens": apply(norm, params["decoder"]["norm"], decoded)}
     return found | {f"{sensor}_embed": embed[sensor] for sensor in SENSORS}
 

@@ -96,6 +96,7 @@ class ViTEncoder(nn.Module):
         draws: jax.Array | None = None,
         attention_bias: jax.Array | None = None,
         collect: bool = False,
+        context: AttentionContext | None = None,
     ) -> Encoded:
         """Patch tokens [B, n, D], any subset in any order -> CLS and patch tokens [B, 1+n, D]; without CLS [B, n, D].
 
@@ -104,11 +105,12 @@ class ViTEncoder(nn.Module):
             draws: uniform float32 [depth, 2, B] for drop path; None switches it off.
             attention_bias: broadcastable to [B, heads, 1+n, 1+n].
             collect: also return every block's output.
+            context: masks, segments and positions of these tokens, CLS included.
         """
         x = self.prepend_cls(tokens) if self.with_cls else tokens  # [B, (1+)n, D]
         drop = None if draws is None or not self.drop_path else DropPath(drop_path_rates(self.drop_path, self.depth), draws)
         options: dict[str, Any] = {"scan": self.scan, "remat": self.remat, "collect": collect}
-        x, blocks = run_blocks(self, self.blocks, x, attention_bias=attention_bias, drop=drop, **options)
+        x, blocks = run_blocks(self, self.blocks, x, attention_bias=attention_bias, drop=drop, context=context, **options)
         return Encoded(self.norm(x) if self.final_norm else x, blocks)
 
     def prepend_cls(self, tokens: jax.Array) -> jax.Array:

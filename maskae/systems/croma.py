@@ -49,14 +49,14 @@ class Croma(CromaArguments):
         if keep is not None:
             tokens, positions = constrain(take_tokens(tokens, keep), "batch"), positions[0][keep]  # [B, n, D], [B, n, 2]
         positions = jnp.broadcast_to(positions, (*tokens.shape[:2], 2))
-        tokens = apply(tokens, attention_bias=self.bias(positions, positions), method="encode").tokens
+        tokens = apply(tokens, context=self.distances(positions, positions), method="encode").tokens
         pooled: Any = self.head.apply({"params": params[f"{sensor}_head"]}, tokens)
         return Encodings(tokens, positions, pooled)
 
     def look(self, params: Params, radar: Encodings, optical: Encodings) -> jax.Array:
         """The joint encodings [B, n, D] of the radar tokens."""
-        cross = self.bias(radar.positions, optical.positions)
-        own = cross if self.joint_self_bias == "cross" else self.bias(radar.positions, radar.positions)
+        cross = self.distances(radar.positions, optical.positions)
+        own = cross if self.joint_self_bias == "cross" else self.distances(radar.positions, radar.positions)
         encoded: Any = self.joint.apply({"params": params["joint"]}, radar.tokens, Beside(optical.tokens, own, cross))
         return encoded.tokens
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError
 from maskae.masking import keep_count
-from maskae.nn.alibi import alibi_slopes, distance_bias
+from maskae.nn.alibi import alibi_slopes
 from maskae.nn.flops import block_flops, linear_flops
 from maskae.nn.initialisation import uniform_by_fan_in
 from maskae.nn.joint import Beside, JointEncoder, PooledFeedForward
-from maskae.nn.layers import DTYPES
+from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES, AttentionContext
 from maskae.nn.patches import patch_grid
 from maskae.nn.stack import REMAT_POLICIES
 from maskae.nn.vit import MaeDecoder, ViTEncoder
@@ -86,6 +86,7 @@ class CromaArguments:
         check_choice("pool", self.pool, ("joint", *SENSORS))
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("remat", self.remat, REMAT_POLICIES)
+        check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
         check_heads("width", self.width, self.heads)
         check_heads("decoder_width", self.decoder_width, self.decoder_heads)
         length = math.prod(patch_grid(self.image_size, self.image_size, self.patch_size))
@@ -153,7 +154,7 @@ class CromaArguments:
         grid = (1, 2)
         tokens = jnp.zeros((1, 2, self.width))
         places = jnp.zeros((1, 2, 2))
-        beside = Beside(tokens, self.bias(places, places), self.bias(places, places))
+        beside = Beside(tokens, self.distances(places, places), self.distances(places, places))
         params: Params = {"logit_scale": jnp.asarray(INITIAL_SCALE, jnp.float32)}
         for sensor in SENSORS:
             images = jnp.zeros((1, self.patch_size, self.patch_size, self.channels(sensor)))
@@ -165,9 +166,9 @@ class CromaArguments:
         params["decoder"] = self.decoder.init(decoder_key, tokens, jnp.arange(2)[None], grid)["params"]
         return Variables(uniform_by_fan_in(params, fan_in_key), {})
 
-    def bias(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """ALiBi between places [B, n, 2] and [B, m, 2] of one sensor or of two."""
-        return distance_bias(query_positions, key_positions, jnp.asarray(alibi_slopes(self.heads)))
+    def distances(self, query_positions: jax.Array, key_positions: jax.Array) -> AttentionContext:
+        """ALiBi between places [B, n, 2] and [B, m, 2] of one sensor or of two; attention forms the bias."""
+        return AttentionContext(positions=query_positions, slopes=jnp.asarray(alibi_slopes(self.heads)), key_positions=key_positions)
 
     def forward_flops(self, batch: Batch) -> float:
         """Embedding of all patches, the three encoders on the kept ones, both heads, the decoder on all; 23.0 GFLOP for CROMA-B at 120.
