@@ -89,12 +89,12 @@ def default_config() -> ConfigDict:
             "max_nonfinite_in_a_row": 10,  # stop after so many steps in a row with a non-finite loss or gradient
         },
         "optimizer": {
-            "name": "adamw",  # adamw | adam | lars | sgd | nesterov
+            "name": "adamw",  # adamw | adam | lamb | lars | sgd | nesterov
             "base_learning_rate": 1.5e-4,  # at batch 256: the rate is this times batch_size / 256
-            "schedule": "cosine",  # after the warm-up: cosine | linear | constant | rsqrt | step
+            "schedule": "cosine",  # after the warm-up: cosine | cosine_inclusive | linear | constant | rsqrt | step
             "minimum": 0.0,  # learning rate at the end
             **duration(warmup_percent=5.0),
-            "arguments": {},  # further arguments of the optimizer: b1, b2, weight_decay, momentum, ...
+            "arguments": {},  # of the optimizer: b1, b2, weight_decay (with weight_decay_end: a cosine between), ...
             # Other optimizers for the parameters whose path holds a pattern: {"discriminator": {"name": "adam", "minimum": 1e-5}}; what is
             # left out is as above.
             "groups": {},

@@ -28,7 +28,7 @@ from maskae.durations import duration_steps, whole_steps
 from maskae.errors import UserError
 from maskae.merging import group_of
 from maskae.optim import Optimizer, make_optimizer, partition
-from maskae.schedules import make_schedule, scaled_learning_rate
+from maskae.schedules import cosine_between, make_schedule, scaled_learning_rate
 from maskae.stages import StageData
 from maskae.step import TrainState, init_train_state, make_train_step, train_state_of
 from maskae.systems import SYSTEMS
@@ -94,13 +94,16 @@ class Experiment:
             warmup_steps=self._steps(group, "warmup", self.total_steps),
             minimum=group.minimum,
         )
+        arguments = group.arguments.to_dict()
+        if (end := arguments.pop("weight_decay_end", None)) is not None:
+            arguments["weight_decay"] = cosine_between(arguments.get("weight_decay", 0.0), end, self.total_steps)
         try:
             return make_optimizer(
                 group.name,
                 schedule=schedule,
                 no_decay=tuple(group.no_decay),
                 layer_decay=group.layer_decay if group.layer_decay != 1.0 else None,
-                **group.arguments.to_dict(),
+                **arguments,
             )
         except TypeError as error:
             raise UserError(f"{key}.arguments: {error}") from error

@@ -118,7 +118,7 @@ def lr_scale_tree(params: Tree, layer_decay: float | None = None, lr_scales: Seq
     return map_paths(factor, scales)
 
 
-OPTIMIZERS = ("adamw", "adam", "lars", "sgd", "nesterov")
+OPTIMIZERS = ("adamw", "adam", "lamb", "lars", "sgd", "nesterov")
 
 
 def _trust_ratio(grads: Tree, params: Tree, trust: float) -> Tree:
@@ -135,7 +135,20 @@ def _trust_ratio(grads: Tree, params: Tree, trust: float) -> Tree:
     return map_paths(rescale, grads, params)
 
 
-def _add_decay(grads: Tree, params: Tree, weight_decay: float, mask: Tree) -> Tree:
+def _layer_adaptation(direction: Tree, params: Tree, mask: Tree) -> Tree:
+    """LAMB (You et al. 2020): `u * |w| / |u|` per parameter that decays, `u` where a norm is 0 and for all others."""
+
+    def rescale(way: jax.Array, param: jax.Array, decays: bool) -> jax.Array:
+        if not decays:
+            return way
+        weight_norm, way_norm = (jnp.linalg.norm(x.astype(jnp.float32).ravel()) for x in (param, way))
+        usable = (weight_norm > 0) & (way_norm > 0)
+        return way * jnp.where(usable, weight_norm / jnp.where(usable, way_norm, 1.0), 1.0).astype(way.dtype)
+
+    return jax.tree.map(rescale, direction, params, mask)
+
+
+def _add_decay(grads: Tree, params: Tree, weight_decay: Any, mask: Tree) -> Tree:
     return jax.tree.map(lambda grad, param, decays: grad + weight_decay * param if decays else grad, grads, params, mask)
 
 
@@ -148,7 +161,7 @@ def make_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
     trust: float = 1e-3,
-    weight_decay: float = 0.0,
+    weight_decay: float | Schedule = 0.0,
     no_decay: Sequence[str] = ("vectors",),
     layer_decay: float | None = None,
     lr_scales: Sequence[tuple[str, float]] = (),
@@ -157,6 +170,8 @@ def make_optimizer(
     """The optimizer called `name`, one of `OPTIMIZERS`, with PyTorch's semantics.
 
     - `adamw`: decoupled decay, `p -= lr * (adam(g) + weight_decay * p)` (Loshchilov & Hutter 2019); uses b1, b2, eps.
+    - `lamb`: as adamw, then the whole step of a parameter that decays gets the length of the parameter (trust ratio |w| / |step|). The
+      global clip of the released code lies before it, where `clip_by_global_norm` is.
     - `adam`: coupled L2, `g += weight_decay * p` before the moments; uses b1, b2, eps.
     - `sgd`, `nesterov`: coupled L2, `m = momentum * m + g`, `p -= lr * m` (nesterov: `lr * (g + momentum * m)`).
     - `lars`: coupled L2, then the trust ratio on everything but vectors, then as `sgd`; the learning rate stays OUTSIDE the
@@ -168,7 +183,7 @@ def make_optimizer(
       b1, b2, eps: Adam's.
       momentum: of sgd, nesterov and lars; 0 keeps no buffer.
       trust: LARS' coefficient.
-      weight_decay: see the rules.
+      weight_decay: see the rules; a number, or its schedule over train steps.
       no_decay: see `decay_mask`.
       layer_decay, lr_scales: see `lr_scale_tree`.
       mu_dtype: storage type of the first moment or momentum buffer, such as "bfloat16"; None keeps the gradients' type.
@@ -180,7 +195,8 @@ def make_optimizer(
         raise UserError(f"unknown optimizer {name!r}{nearest(name, OPTIMIZERS)}; known: {', '.join(OPTIMIZERS)}")
     core: optax.GradientTransformation
     core, state_type = optax.identity(), optax.EmptyState
-    if name in ("adamw", "adam"):
+    decoupled = name in ("adamw", "lamb")
+    if name in ("adamw", "adam", "lamb"):
         core, state_type = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), optax.ScaleByAdamState
     elif momentum > 0:
         core, state_type = optax.trace(momentum, nesterov=name == "nesterov", accumulator_dtype=mu_dtype), optax.TraceState
@@ -192,13 +208,16 @@ def make_optimizer(
 
     def update(grads: Tree, state: Tree, params: Tree, step: Any) -> tuple[Tree, Tree]:
         mask = decay_mask(params, no_decay)
-        if name != "adamw" and weight_decay:
-            grads = _add_decay(grads, params, weight_decay, mask)
+        decay = weight_decay(step) if callable(weight_decay) else weight_decay
+        if weight_decay and not decoupled:
+            grads = _add_decay(grads, params, decay, mask)
         if name == "lars":
             grads = _trust_ratio(grads, params, trust)
         direction, moved = core.update(grads, state_type(**state), params)
-        if name == "adamw" and weight_decay:
-            direction = _add_decay(direction, params, weight_decay, mask)
+        if weight_decay and decoupled:
+            direction = _add_decay(direction, params, decay, mask)
+            # Without decay LAMB is Adam.
+            direction = _layer_adaptation(direction, params, mask) if name == "lamb" else direction
         rate = schedule(step)
         scales = lr_scale_tree(params, layer_decay, lr_scales)
         updates = jax.tree.map(lambda way, param, scale: (-rate * scale * way).astype(param.dtype), direction, params, scales)

@@ -60,6 +60,47 @@ def unshifted_cosine(peak: float, minimum: float, warmup_steps: float, total_ste
     return schedule
 
 
+def warmup_cosine_inclusive(peak: float, minimum: float, warmup_steps: float, total_steps: float, start: float = 0.005) -> Schedule:
+    """SparK's (Tian et al. 2023, released code): a line from `start * peak`, then half a cosine that reaches `minimum` AT the last step.
+
+    The warm-up is rounded to whole steps.
+    """
+    warmup = round(warmup_steps)
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        ramp = peak * (start + (1 - start) * step / max(warmup, 1))
+        left = jnp.clip((total_steps - 1 - step) / max(total_steps - 1 - warmup, 1e-9), 0.0, 1.0)
+        return jnp.where(step < warmup, ramp, minimum + (peak - minimum) * jnp.square(jnp.sin(0.5 * jnp.pi * left)))
+
+    return schedule
+
+
+def warmup_cosine_periodic(peak: float, warmup_steps: int, period: float) -> Schedule:
+    """Lightning-Bolts' schedule, whose step is one EPOCH in the CT study's BYOL: it falls to 0 at `period` and rises again after it.
+
+    The warm-up starts at 0 and has reached `peak` one step before `warmup_steps`. For reproduction; `warmup_cosine` is the sane one.
+    """
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        ramp = peak * step / max(warmup_steps - 1, 1)
+        wave = peak * (1 + jnp.cos(jnp.pi * (step - warmup_steps) / (period - warmup_steps))) / 2
+        return jnp.where(step < warmup_steps, ramp, wave)
+
+    return schedule
+
+
+def cosine_between(start: float, end: float, total_steps: float) -> Schedule:
+    """Half a cosine from `start` to `end`, reached at the last step: the rising weight decay of SparK and DINO."""
+
+    def schedule(step: Any) -> jax.Array:
+        share = jnp.clip(jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1), 0.0, 1.0)
+        return start + (end - start) * jnp.square(jnp.sin(0.5 * jnp.pi * share))
+
+    return schedule
+
+
 def warmup_linear(peak: float, minimum: float, warmup_steps: float, total_steps: float) -> Schedule:
     """Warm-up, then a straight line to `minimum` at `total_steps`."""
 
@@ -124,6 +165,8 @@ def make_schedule(
         return warmup_cosine(peak, minimum, warmup_steps, total_steps)
     if name == "unshifted_cosine":
         return unshifted_cosine(peak, minimum, warmup_steps, total_steps)
+    if name == "cosine_inclusive":
+        return warmup_cosine_inclusive(peak, minimum, warmup_steps, total_steps)
     if name == "linear":
         return warmup_linear(peak, minimum, warmup_steps, total_steps)
     if name == "rsqrt":
