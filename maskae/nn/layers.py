@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError, nearest
 from maskae.kernels.attention import attention, check_cudnn, check_implementation
+from maskae.kernels.attention_cpu import plain_attention
 from maskae.kernels.operands import IMPLEMENTATIONS
 from maskae.nn.patches import patchify
 from maskae.nn.sharding import constrain, gather_parameters
@@ -27,7 +28,10 @@ QKV_BIASES = ("all", "query_value", "none")
 
 def gelu(x: jax.Array) -> jax.Array:
     """The exact (erf) GELU; flax and jax default to the tanh approximation, which is off by up to 5e-4."""
-    return jax.nn.gelu(x, approximate=False)
+    if x.dtype != jnp.float32:
+        return jax.nn.gelu(x, approximate=False)  # by erfc: 1 + erf(x) would lose a 16-bit x far below 0
+    # As PyTorch computes it. On CPUs erfc is three passes over x, which cost 5 times this one (forward and backward).
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
@@ -175,8 +179,8 @@ def attend(
         raise UserError("an attention_bias goes with attention 'xla', 'cudnn' or 'auto' alone; positions and slopes go with all")
     if implementation == "cudnn":
         check_cudnn(query.dtype)
-    chosen: Any = "cudnn" if implementation == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=chosen)
+        return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation="cudnn")
+    return plain_attention(query, key, value, bias=bias, scale=query.shape[-1] ** -0.5)
 
 
 class Attention(nn.Module):
