@@ -51,6 +51,11 @@ def random_mask(noise: jax.Array, keep: int) -> Mask:
     return Mask(shuffle[:, :keep], (restore >= keep).astype(jnp.float32), restore)
 
 
+def removed_indices(mask: Mask) -> jax.Array:
+    """int32 [B, L - n]: the removed patches in the order of their noise; of random noise the first k are k of them at random."""
+    return jnp.argsort(mask.restore, axis=1)[:, mask.keep_indices.shape[1] :]
+
+
 def take_tokens(tokens: jax.Array, indices: jax.Array, implementation: str = "auto") -> jax.Array:
     """Select tokens [B, L, D] by int32 [B, n] -> [B, n, D].
 

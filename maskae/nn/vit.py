@@ -201,10 +201,13 @@ class MaeDecoder(nn.Module):
         """Tokens before those of the patches."""
         return 1 if self.with_cls else 0
 
-    def decode(self, x: jax.Array, collect: bool = False) -> Encoded:
-        """Decoder input [B, (1+)N, d] -> prediction of every patch [B, N, p*p*C], CLS dropped."""
+    def decode(self, x: jax.Array, collect: bool = False, indices: jax.Array | None = None) -> Encoded:
+        """Decoder input [B, (1+)N, d] -> prediction of every patch [B, N, p*p*C], CLS dropped, or of `indices` int32 [B, R] alone."""
         x, blocks = run_blocks(self, self.blocks, x, scan=self.scan, remat=self.remat, collect=collect)
-        return Encoded(self.head(self.norm(x[:, self.prefix :])), blocks)  # [B, N, p*p*C]
+        x = x[:, self.prefix :]
+        if indices is not None:
+            x = constrain(take_tokens(x, indices), "batch")  # [B, R, d]
+        return Encoded(self.head(self.norm(x)), blocks)  # [B, N or R, p*p*C]
 
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Both steps: [B, (1+)n, D] -> [B, N, p*p*C]."""

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from maskae.errors import UserError
+from maskae.losses.reconstruction import normalise_patches
 from maskae.masking import draw_noise, random_mask
 from maskae.nn.flops import block_flops
+from maskae.nn.patches import patchify
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System
 from maskae.systems.mae import Mae
@@ -76,7 +78,12 @@ def dot_flops(jaxpr: Any) -> float:
     return total
 
 
-@pytest.mark.parametrize("options", [{}, {"mask_ratio": 0.5, "mlp_ratio": 3.0, "image_size": (8, 20), "decoder_depth": 2}])
+OBLONG: dict[str, Any] = {"mask_ratio": 0.5, "mlp_ratio": 3.0, "image_size": (8, 20), "decoder_depth": 2}
+MASKED: dict[str, Any] = {"decoder_predicts": "masked"}
+CROSS: dict[str, Any] = {"decoder_predicts": "masked", "decoder": "cross"}
+
+
+@pytest.mark.parametrize("options", [{}, OBLONG, OBLONG | MASKED, OBLONG | CROSS, CROSS | {"decoder_predict_ratio": 0.4}])
 def test_flops_by_formula_are_those_of_the_trace(options: dict[str, Any]) -> None:
     system = Mae(**(SMALL | options))
     rows, columns = system.grid
@@ -120,6 +127,44 @@ def test_loss_does_not_depend_on_the_order_of_the_batch() -> None:
     shuffled = {name: value[order] for name, value in BATCH.items()}
     loss = jax.jit(lambda batch: MAE.loss(PARAMS, {}, batch, jax.random.key(5), jnp.int32(0))[0])
     assert float(loss(BATCH)) == pytest.approx(float(loss(shuffled)), rel=1e-6)
+
+
+def test_predicting_masked_patches_alone_changes_neither_loss_nor_gradients_nor_panels() -> None:
+    masked = dataclasses.replace(MAE, **MASKED)
+    key = jax.random.key(2)
+
+    def run(system: Mae) -> tuple[Any, Any, Any]:
+        value, gradients = jax.value_and_grad(lambda p: system.loss(p, {}, BATCH, key, jnp.int32(0))[0])(PARAMS)
+        return value, gradients, system.reconstruct(PARAMS, {}, BATCH, key)
+
+    everything, some = jax.jit(run, static_argnums=0)(MAE), jax.jit(run, static_argnums=0)(masked)
+    assert float(everything[0]) == pytest.approx(float(some[0]), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), everything[1:], some[1:])
+    assert masked.forward(PARAMS, BATCH["image"], NOISE)["pred"].shape == (3, 12, 48)
+
+
+def test_the_cross_decoder_predicts_each_patch_by_itself() -> None:
+    whole = Mae(**SMALL, **CROSS, scan=True)
+    part = dataclasses.replace(whole, decoder_predict_ratio=0.5)
+    params = jax.jit(lambda: whole.init(jax.random.key(0), BATCH).params)()
+
+    def run(params: Any) -> tuple[Any, ...]:
+        noise = whole.noise(BATCH["image"], BATCH["example"], jax.random.key(2))
+        loss, to_params = jax.value_and_grad(lambda p: part.loss_given_noise(p, BATCH["image"], noise)[0])(params)
+        named, some = (each.forward(params, BATCH["image"], noise) for each in (whole, part))
+        return named, some, loss, to_params, part.reconstruct(params, {}, BATCH, jax.random.key(2))
+
+    named, some, loss, to_params, panels = jax.tree.map(np.asarray, jax.jit(run)(params))
+    assert named["pred"].shape == (3, 12, 48)
+    np.testing.assert_allclose(named["pred"][:, :6], some["pred"], atol=1e-6)
+    np.testing.assert_array_equal(np.take_along_axis(named["mask"], named["ids_predicted"], 1), 1)
+    target = np.take_along_axis(np.asarray(whole.target(BATCH["image"])), some["ids_predicted"][:, :, None], 1)
+    assert float(loss) == pytest.approx(float(np.mean((some["pred"] - target) ** 2)), rel=1e-5)
+    assert all(leaf.any() for path, leaf in jax.tree_util.tree_leaves_with_path(to_params) if "bias" not in str(path))
+    # The panels put every prediction where its patch was, also those that the loss leaves out.
+    shown = normalise_patches(patchify(panels["prediction_with_patch_statistics"], 4))
+    expected = normalise_patches(jnp.asarray(named["pred"]))
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(shown), named["ids_predicted"][:, :, None], 1), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("masker", ["block", "grid"])
@@ -204,6 +249,11 @@ def test_panels_are_what_their_labels_say(norm_pix_loss: bool) -> None:
         ({"image_size": 18}, "patch size 4 does not divide an image of 18 x 18"),
         ({"keep": 16}, "keep 1 to 15"),
         ({"mask_ratio": 0.99}, "keep 0 of 16 patches"),
+        ({"decoder": "crss"}, "unknown decoder 'crss' .did you mean 'cross'"),
+        ({"decoder": "cross"}, "set decoder_predicts='masked'"),
+        ({"decoder_predicts": "maske"}, "did you mean 'masked'"),
+        (MASKED | {"decoder_predict_ratio": 0.0}, "decoder_predict_ratio=0.0: must be above 0"),
+        (MASKED | {"decoder_predict_ratio": 0.5, "masker": "grid"}, "needs decoder_predicts='masked' and masker='random'"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
