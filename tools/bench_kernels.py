@@ -73,9 +73,17 @@ def expected(contest: Contest, arguments: Any, program: Callable[..., Any]) -> A
         return jax.block_until_ready(jax.jit(program(contest.reference))(*wide))
 
 
+def first_line(failure: Exception) -> str:
+    """What an exception says, or its kind where it says nothing; at most 100 characters."""
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0][:100]
+
+
 def prepare(contest: Contest, arguments: Any, maker: Callable[..., Any], dtype: str) -> tuple[dict[str, Program], dict[str, str]]:
     """The versions that give the right result, compiled, and why the others are not timed."""
-    wanted = expected(contest, arguments, maker)
+    try:
+        wanted = expected(contest, arguments, maker)
+    except RuntimeError as failure:  # which mostly is: out of memory, where a kernel would still fit
+        return {}, {name: f"not checked, as the reference failed: {first_line(failure)}" for name in contest.versions}
     programs: dict[str, Program] = {}
     faults: dict[str, str] = {}
     allowed = bound(dtype, jax.default_backend())
@@ -84,7 +92,7 @@ def prepare(contest: Contest, arguments: Any, maker: Callable[..., Any], dtype: 
             compiled = jax.jit(maker(version)).lower(*arguments).compile()
             error = largest_error(compiled(*arguments), wanted)
         except (RuntimeError, NotImplementedError, ValueError) as failure:  # such as: out of memory, a size that a library refuses
-            faults[name] = f"failed: {str(failure).strip().splitlines()[0][:100]}"
+            faults[name] = f"failed: {first_line(failure)}"
             continue
         if error > allowed:
             faults[name] = f"off by {error:.1e} of the largest element, which may be {allowed:.0e}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def test_a_version_that_is_off_or_fails_is_not_timed(monkeypatch: pytest.MonkeyP
     def refuse(learned: tuple[Any, ...], other: Any) -> Any:
         raise ValueError("sizes of 3 are not for me")
 
+    def exhaust(learned: tuple[Any, ...], other: Any) -> Any:
+        raise RuntimeError("out of memory")
+
     def scaled(factor: float) -> Any:
         return lambda learned, other: factor * learned[0] * learned[0]
 
@@ -61,6 +65,8 @@ def test_a_version_that_is_off_or_fails_is_not_timed(monkeypatch: pytest.MonkeyP
     for result in bench_kernels.measure(contest, SIZES, 1, 1e-4):
         assert set(result["seconds"]) == {"a"} and result["winner"] == "a"
         assert "off by 1.0e-02" in result["faults"]["off"] and "not for me" in result["faults"]["refuses"]
+    unchecked = bench_kernels.measure(dataclasses.replace(contest, reference=exhaust), SIZES, 1, 1e-4)[0]
+    assert unchecked["seconds"] == {} and unchecked["winner"] is None and "out of memory" in unchecked["faults"]["a"]
     assert "off by 1.0e-02" in capsys.readouterr().out
 
 
