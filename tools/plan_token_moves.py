@@ -56,7 +56,7 @@ def moves(shape: tuple[int, int, int, int], dtype: Any, implementation: str) -> 
 def estimate(function: Callable[..., Any], shapes: list[Any], device: Any) -> tuple[float, float, float]:
     """FLOPs, bytes and seconds of a program as its compiler sees them."""
     placed = [jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=SingleDeviceSharding(device)) for each in shapes]
-    cost = jax.jit(function).lower(*placed).compile().cost_analysis()
+    cost: Any = jax.jit(function).lower(*placed).compile().cost_analysis()
     # Every instruction that the compiler has no estimate for (those that only name memory) counts as -1 second.
     return cost["flops"], cost["bytes accessed"], cost["optimal_seconds"] % 1
 

@@ -1,4 +1,4 @@
-"""Contrastive losses over the global batch: InfoNCE, NT-Xent, SupCon and SelfCon.
+"""Contrastive losses over the global batch: InfoNCE, also against a queue, NT-Xent, SupCon and SelfCon.
 
 Embeddings come L2-normalised from the caller. `scale` is 1/temperature, a number or a float32 scalar that gradients flow into: pass
 `1 / temperature` or `exp(logit_scale)` for a learnable one. Rows are those of the global batch, split over devices or not; `computation`
@@ -72,6 +72,69 @@ def info_nce(
     return (forward + one_way(keys, queries, None if soft_targets is None else soft_targets.T)) / 2
 
 
+def queue_info_nce(
+    queries: jax.Array,
+    keys: jax.Array,
+    queue: jax.Array,
+    scale: jax.Array | float,
+    *,
+    filled: jax.Array | int | None = None,
+    batch_negatives: bool = False,
+    stop_key_gradient: bool = True,
+    computation: Computation | None = None,
+) -> jax.Array:
+    """Cross-entropy of query i's own key against the keys of earlier batches (MoCo, He et al. 2020, arXiv 1911.05722, equation 1).
+
+    Args:
+        queries, keys: [B, d]; row i of one belongs to row i of the other.
+        queue: [K, d], of the dtype of `keys`; no gradient flows into it. See `enqueue`.
+        filled: int32 scalar, how many of its first rows hold keys; None for all.
+        batch_negatives: the other keys of this batch are negatives too. Without it they are computed, B * B pairs beside B * K, and then
+            left out.
+        stop_key_gradient: True for keys of a momentum encoder.
+        computation: a ring's devices must divide B and K.
+
+    Returns:
+        float32 scalar, the mean over queries.
+
+    Raises:
+        UserError: shapes that do not fit.
+    """
+    if queries.ndim != 2 or queries.shape != keys.shape or queue.ndim != 2 or queue.shape[1] != keys.shape[1]:
+        shapes = f"queries {queries.shape}, keys {keys.shape} and queue {queue.shape}"
+        raise UserError(f"queue_info_nce: {shapes} must be of shapes [B, d], [B, d] and [K, d]")
+    rows, length = queries.shape[0], queue.shape[0]
+    own, place = jnp.arange(rows, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
+    # No query has the label of the queue; below 0 is left out.
+    held = jnp.where(place < (length if filled is None else filled), rows, -1).astype(jnp.int32)
+    # All keys of the batch have identifier 0, which every query excludes; a positive is never excluded.
+    excluded = jnp.zeros((rows, 0 if batch_negatives else 1), jnp.int32)
+    identifier = jnp.concatenate([jnp.zeros_like(own), jnp.ones_like(place)])
+    candidates = Candidates(jnp.arange(rows + length, dtype=jnp.int32), jnp.concatenate([own, held]), identifier)
+    loss, total = row_losses(
+        queries,
+        jnp.concatenate([keys, jax.lax.stop_gradient(queue).astype(keys.dtype)]),
+        jnp.asarray(scale, jnp.float32),
+        Pairs(Anchors(own, own, excluded), candidates, None),
+        exclude_self=False,
+        key_gradient=not stop_key_gradient,
+        computation=computation or Computation(),
+    )
+    return _mean_of_anchors(loss, total)
+
+
+def enqueue(queue: jax.Array, pointer: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The queue [K, d] with `keys` [B, d] in place of its oldest rows, from `pointer` (int32 scalar) on, and the next pointer.
+
+    The order of the keys is that of the global batch. Raises UserError where more keys come than the queue holds.
+    """
+    length, rows = queue.shape[0], keys.shape[0]
+    if rows > length:
+        raise UserError(f"enqueue: {rows} keys do not fit into a queue of {length}")
+    places = (pointer + jnp.arange(rows)) % length
+    return queue.at[places].set(jax.lax.stop_gradient(keys).astype(queue.dtype)), (pointer + rows) % length
+
+
 def nt_xent(
     first: jax.Array,
     second: jax.Array,
@@ -79,6 +142,7 @@ def nt_xent(
     *,
     excluded: jax.Array | None = None,
     identifiers: jax.Array | None = None,
+    stop_key_gradient: bool = False,
     computation: Computation | None = None,
 ) -> jax.Array:
     """Two views of each example against all 2B - 1 other embeddings (SimCLR, Chen et al. 2020, arXiv 2002.05709, equation 1).
@@ -86,6 +150,7 @@ def nt_xent(
     Args:
         first, second: [B, d].
         excluded, identifiers: as for `info_nce`, of examples: both views of an excluded example are left out.
+        stop_key_gradient: as for `info_nce`.
 
     Returns:
         float32 scalar, the mean over the 2B embeddings.
@@ -94,7 +159,10 @@ def nt_xent(
         UserError: shapes that do not fit.
     """
     embeddings = _stack("nt_xent", first, second)
-    return sup_con(embeddings, None, scale, excluded=excluded, identifiers=identifiers, computation=computation)
+    stop = stop_key_gradient
+    return sup_con(
+        embeddings, None, scale, excluded=excluded, identifiers=identifiers, stop_key_gradient=stop, computation=computation
+    )
 
 
 def self_con(
@@ -127,6 +195,7 @@ def sup_con(
     *,
     excluded: jax.Array | None = None,
     identifiers: jax.Array | None = None,
+    stop_key_gradient: bool = False,
     computation: Computation | None = None,
 ) -> jax.Array:
     """Mean over anchors of -1/|P| sum over positives of the log-softmax over all others (Khosla et al. 2020, arXiv 2004.11362, L_out).
@@ -136,6 +205,7 @@ def sup_con(
         labels: int32 [B]; positives are all other embeddings of the same label. Examples with a label below 0 are left out, as anchors and
             as keys, which restricts the loss to a subset at a fixed shape. None: the other views of the same example.
         excluded, identifiers: int32 [B, E] and [B] as for `info_nce`; positives are never excluded.
+        stop_key_gradient: each embedding learns in its role as anchor only.
 
     Returns:
         float32 scalar; anchors without a positive are not counted, and 0 where there are none.
@@ -156,7 +226,7 @@ def sup_con(
         jnp.asarray(scale, jnp.float32),
         _pairs(labels, excluded, identifiers, views),
         exclude_self=True,
-        key_gradient=True,
+        key_gradient=not stop_key_gradient,
         computation=computation or Computation(),
     )
     return _mean_of_anchors(loss, total)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from maskae.errors import UserError
 from maskae.losses.blocked import Computation
-from maskae.losses.contrastive import info_nce, nt_xent, self_con, sup_con
+from maskae.losses.contrastive import enqueue, info_nce, nt_xent, queue_info_nce, self_con, sup_con
 from maskae.mesh import BATCH, make_mesh
 
 B, D, BLOCK = 16, 6, 5
@@ -129,6 +129,40 @@ def test_info_nce_equals_the_twin(way: str, case: str) -> None:
     np.testing.assert_allclose(to_q, want.queries, atol=2e-6)
     np.testing.assert_allclose(to_k, want.keys, atol=2e-6)
     np.testing.assert_allclose(to_t, temperature_gradient(want.scale), rtol=2e-5)
+
+
+@pytest.mark.parametrize(("way", "case"), [*product(WAYS, ("filled",)), ("blocked", "batch"), ("ring", "batch")])
+def test_info_nce_against_a_queue_equals_the_twin(way: str, case: str) -> None:
+    queries, keys, queue = unit(B, D), unit(B, D, seed=2), unit(24, D, seed=4)
+    options: dict[str, Any] = {"filled": 19} if case == "filled" else {"batch_negatives": True, "stop_key_gradient": False}
+    others = np.eye(B, dtype=bool) if case == "filled" else np.ones((B, B), bool)
+    allowed = np.concatenate([others, np.broadcast_to(np.arange(24) < options.get("filled", 24), (B, 24))], 1)
+    computation = computations()[way]
+    value, (to_q, to_k, to_queue, to_t) = gradients(
+        lambda q, k, u, s: queue_info_nce(q, k, u, s, computation=computation, **options), computation, queries, keys, queue
+    )
+    want = twin(queries, np.concatenate([keys, queue]), 10.0, allowed, np.eye(B, B + 24))
+    np.testing.assert_allclose(value, want.loss, rtol=2e-6)
+    np.testing.assert_allclose(to_q, want.queries, atol=2e-6)
+    np.testing.assert_allclose(to_k, want.keys[:B] if case == "batch" else np.zeros((B, D)), atol=2e-6)
+    np.testing.assert_array_equal(to_queue, np.zeros((24, D)))
+    np.testing.assert_allclose(to_t, temperature_gradient(want.scale), rtol=2e-5)
+
+
+def test_a_queue_forgets_its_oldest_keys() -> None:
+    queue, pointer = jnp.zeros((5, 1)), jnp.int32(0)
+    for first in (1, 3, 5):
+        queue, pointer = enqueue(queue, pointer, jnp.asarray([[first], [first + 1]]))
+    assert queue[:, 0].tolist() == [6, 2, 3, 4, 5] and int(pointer) == 1
+
+
+def test_without_key_gradients_each_embedding_learns_as_an_anchor_only() -> None:
+    views = unit(B, 2, D)
+    stopped = jax.grad(lambda e: nt_xent(e[:, 0], e[:, 1], 10.0, stop_key_gradient=True))(views).reshape(2 * B, D)
+    own = np.eye(2 * B, dtype=bool)
+    partner = np.kron(np.eye(B), np.asarray([[0, 1], [1, 0]]))
+    flat = views.reshape(2 * B, D)
+    np.testing.assert_allclose(stopped, twin(flat, flat, 10.0, ~own, partner).queries, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +288,8 @@ def test_temporaries_of_the_ring_are_those_of_one_devices_rows() -> None:
         (lambda: info_nce(unit(B, D), unit(B, D), 1.0, excluded=LISTS[:3]), "excluded"),
         (lambda: nt_xent(unit(B, D), unit(B, D + 1), 1.0), "nt_xent"),
         (lambda: sup_con(unit(B, D), None, 1.0), "embeddings"),
+        (lambda: queue_info_nce(unit(B, D), unit(B, D), unit(4, D + 1), 1.0), "queue_info_nce: queries"),
+        (lambda: enqueue(jnp.zeros((2, 1)), jnp.int32(0), jnp.zeros((3, 1))), "3 keys do not fit into a queue of 2"),
         (lambda: sup_con(unit(B, 2, D), GROUPS[:3], 1.0), "labels"),
     ],
 )
