@@ -1,10 +1,10 @@
 """`points:PATH`: point clouds.
 
     points:FOLDER            one file per cloud (.npy .npz .ply .off .txt .xyz .pts .csv), split and labelled as `folder:` does
-    points:FILE.npz          arrays `points` [R, N, 3] and maybe `label` [R]
+    points:FILE.npz          arrays `points` [R, N, 3] and maybe `label` [R], or both with the prefixes `train_` and `val_`
     points:FILE.npz          labelled scenes: `xyz` [S, P, 3], `label` [S, P] (0 background, 1.. objects), `category` [S] (the MOSD layout);
                              every object is a record of its scene's category, and scenes, not objects, are held out
-    points:PATH?points=2048  so many points per record; 1024 by default
+    points:PATH@2048         so many points per record; 1024 by default
 
 Records hold `points` float32 [points, 3], centroid subtracted and divided by the largest radius (Point-MAE's preparation), a random subset
 in random order: a new one each time in training, the same one in evaluation. A cloud with fewer points is filled up with repetitions.
@@ -12,10 +12,10 @@ in random order: a new one each time in training, the same one in evaluation. A 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl
 from zipfile import BadZipFile
 
 import numpy as np
@@ -95,16 +95,13 @@ class Clouds:
 
 
 def options_of(arguments: SourceArguments) -> tuple[SourceArguments, int]:
-    """The arguments with the bare path, and the number of points after its question mark. Raises UserError for other options."""
-    path, _, query = arguments.path.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for name in options:
-        if name != POINTS:
-            raise UserError(f"{arguments.name}: unknown option '{name}'{nearest(name, (POINTS,))}; there is points=NUMBER")
-    text = options.get(POINTS, str(DEFAULT_COUNT))
-    if not text.isdecimal() or int(text) < 1 or (query and not options):
-        raise UserError(f"{arguments.name}: write the number of points as in {arguments.name.partition('?')[0]}?points=1024")
-    return SourceArguments(**{**vars(arguments), "path": path}), int(text)
+    """The arguments with the bare path, and the number of points after its last @. Raises UserError where that is no number above 0."""
+    path, at, text = arguments.path.rpartition("@")
+    if not at:
+        return arguments, DEFAULT_COUNT
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{arguments.name}: write the number of points per record after an @, as in points:{path}@{DEFAULT_COUNT}")
+    return dataclasses.replace(arguments, path=path), int(text)
 
 
 def open_points(arguments: SourceArguments) -> Source:
@@ -151,6 +148,8 @@ def _archive_parts(arguments: SourceArguments) -> dict[str, Clouds]:
         scenes, of_scene = np.unique(groups, return_index=True)
         rows = stratified_split(whole.labels[of_scene], arguments.val_percent, arguments.split_seed)
         return {split: whole.take(np.flatnonzero(np.isin(groups, scenes[part]))) for split, part in zip(SPLITS, rows, strict=True)}
+    if "val_points" in arrays:
+        return {split: _plain_clouds(_without_prefix(arrays, f"{split}_"), arguments.name) for split in SPLITS}
     whole = _plain_clouds(arrays, arguments.name)
     rows = stratified_split(whole.labels, arguments.val_percent, arguments.split_seed)
     return {split: whole.take(part) for split, part in zip(SPLITS, rows, strict=True)}
@@ -173,6 +172,10 @@ def scene_objects(arrays: Mapping[str, np.ndarray], name: str) -> tuple[Clouds, 
     scenes = np.asarray([scene for scene, _ in found])
     names = tuple(f"{scene_names[scene]} object {thing}" for scene, thing in found)
     return Clouds(clouds, classed[scenes].astype(np.int32), names, tuple(map(str, classes))), scenes
+
+
+def _without_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _plain_clouds(arrays: Mapping[str, np.ndarray], name: str) -> Clouds:

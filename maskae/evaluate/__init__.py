@@ -18,6 +18,7 @@ from maskae.errors import UserError, nearest
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
+from maskae.evaluate.few_shot import FewShot
 from maskae.evaluate.graph_svm import GraphSvm
 from maskae.evaluate.matched import Matched
 from maskae.evaluate.multilabel import MultiLabel
@@ -41,6 +42,7 @@ EVALUATORS: dict[str, type] = {
     "accuracy": Accuracy,
     "attentive": Attentive,
     "clustering": Clustering,
+    "few_shot": FewShot,
     "graph_svm": GraphSvm,
     "knn": Knn,
     "linear": Linear,

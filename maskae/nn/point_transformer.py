@@ -18,8 +18,7 @@ from maskae.nn.vit import TOKEN_STD, Encoded
 
 # Layer norms here have the framework's default, not the 1e-6 of image transformers.
 EPSILON = 1e-5
-LOCAL_WIDTHS = (128, 256)
-GROUP_WIDTH = 512
+TOKEN_WIDTHS = (128, 256, 512)
 POSITION_WIDTH = 128
 normal: Initializer = nn.initializers.normal(TOKEN_STD)
 
@@ -33,9 +32,11 @@ class PointTokenizer(nn.Module):
     """Mini PointNet, the same for every group and blind to the order of its points (Point-MAE, section 3.1; Qi et al. 2017).
 
     Two maps per point with batch norm between them; the group's maximum beside each point; two more maps, and the maximum again.
+    `widths` are those of the first three maps.
     """
 
     width: int
+    widths: tuple[int, int, int] = TOKEN_WIDTHS
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -45,11 +46,11 @@ class PointTokenizer(nn.Module):
         def linear(width: int, name: str) -> nn.Dense:
             return nn.Dense(width, dtype=self.dtype, kernel_init=normal, name=name)
 
-        x = linear(LOCAL_WIDTHS[0], "local1")(offsets.astype(self.dtype))  # [B, G, M, 128]
+        x = linear(self.widths[0], "local1")(offsets.astype(self.dtype))  # [B, G, M, widths[0]]
         x = nn.relu(BatchNorm(dtype=self.dtype, name="local_norm")(x, train=train))
-        x = linear(LOCAL_WIDTHS[1], "local2")(x)  # [B, G, M, 256]
+        x = linear(self.widths[1], "local2")(x)  # [B, G, M, widths[1]]
         whole = jnp.broadcast_to(x.max(axis=2, keepdims=True), x.shape)
-        x = linear(GROUP_WIDTH, "group1")(jnp.concatenate([whole, x], axis=-1))  # [B, G, M, 512]
+        x = linear(self.widths[2], "group1")(jnp.concatenate([whole, x], axis=-1))  # [B, G, M, widths[2]]
         x = nn.relu(BatchNorm(dtype=self.dtype, name="group_norm")(x, train=train))
         return linear(self.width, "group2")(x).max(axis=2)  # [B, G, D]
 
@@ -83,6 +84,7 @@ class PointTransformer(nn.Module):
     depth: int
     heads: int
     cls_tokens: int = 0
+    token_widths: tuple[int, int, int] = TOKEN_WIDTHS
     drop_path: float = 0.0
     attention: str = "xla"
     scan: bool = False
@@ -91,7 +93,7 @@ class PointTransformer(nn.Module):
 
     def setup(self) -> None:
         """Declare the submodules under the names that stored weights have."""
-        self.tokenizer = PointTokenizer(self.width, self.dtype)
+        self.tokenizer = PointTokenizer(self.width, self.token_widths, self.dtype)
         self.position_embed = PointPosition(self.width, dtype=self.dtype)
         if self.cls_tokens:
             self.cls_token = self.param("cls_token", normal, (self.cls_tokens, 1, self.width))
@@ -178,8 +180,8 @@ def run_point_blocks(
     return run_blocks(module, module.blocks, x, position=position, drop=drop, scan=module.scan, remat=module.remat, collect=collect)
 
 
-def tokenizer_flops(points: int, width: int) -> float:
+def tokenizer_flops(points: int, width: int, widths: tuple[int, int, int] = TOKEN_WIDTHS) -> float:
     """The mini PointNet on `points` points of all groups together; 1.01 G multiply-adds for 64 groups of 32 and width 384."""
-    sizes = (3, *LOCAL_WIDTHS)
-    local = sum(linear_flops(points, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-    return local + linear_flops(points, 2 * LOCAL_WIDTHS[1], GROUP_WIDTH) + linear_flops(points, GROUP_WIDTH, width)
+    first, second, third = widths
+    maps = ((3, first), (first, second), (2 * second, third), (third, width))
+    return sum(linear_flops(points, inputs, outputs) for inputs, outputs in maps)

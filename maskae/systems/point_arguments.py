@@ -13,7 +13,7 @@ from maskae.nn.augmentations import each
 from maskae.nn.flops import block_flops, linear_flops
 from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES
 from maskae.nn.point_augmentations import draw_scale_and_shift, random_rotation, scale_and_shift
-from maskae.nn.point_transformer import POSITION_WIDTH, PointTransformer, tokenizer_flops
+from maskae.nn.point_transformer import POSITION_WIDTH, TOKEN_WIDTHS, PointTransformer, tokenizer_flops
 from maskae.nn.points import Groups, group_points
 from maskae.nn.stack import REMAT_POLICIES
 from maskae.systems.contract import Batch
@@ -29,6 +29,7 @@ class PointArguments:
         drop_path: rate at the last block of every stack, rising linearly from 0 at the first.
         scale, shift: augmentation, a factor from U[scale] and a translation from U[-shift, shift] per cloud and axis.
         rotate: also turn each training cloud by a random angle about the vertical (y) axis.
+        token_widths: of the hidden maps of the tokenizer, most of the computation where the transformer is small.
         dtype: of the computation; sampling, norms, softmax and loss are float32.
         scan, remat, attention: see `maskae.nn.stack.run_blocks` and `maskae.nn.layers.Attention`.
 
@@ -46,6 +47,7 @@ class PointArguments:
     scale: tuple[float, float] = (2 / 3, 3 / 2)
     shift: float = 0.2
     rotate: bool = False
+    token_widths: tuple[int, int, int] = TOKEN_WIDTHS
     dtype: str = "float32"
     scan: bool = False
     remat: str = "none"
@@ -59,6 +61,8 @@ class PointArguments:
         check_heads("width", self.width, self.heads)
         if min(self.groups, self.group_size) < 1:
             raise UserError(f"groups={self.groups} of group_size={self.group_size} points: both must be at least 1")
+        if len(self.token_widths) != 3 or min(self.token_widths) < 1:
+            raise UserError(f"token_widths={self.token_widths}: want three widths")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path={self.drop_path}: must be in [0, 1)")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] or self.shift < 0:
@@ -72,7 +76,7 @@ class PointArguments:
 
     def transformer(self, cls_tokens: int) -> PointTransformer:
         """The encoder with so many CLS tokens."""
-        return PointTransformer(self.width, self.depth, self.heads, cls_tokens, **self.compute)
+        return PointTransformer(self.width, self.depth, self.heads, cls_tokens, self.token_widths, **self.compute)
 
     def points_of(self, batch: Batch) -> jax.Array:
         """`batch["points"]`. Raises UserError where there are none, or too few to group."""
@@ -107,7 +111,7 @@ class PointArguments:
 
     def embedding_flops(self) -> float:
         """Tokens and positions of all groups."""
-        return tokenizer_flops(self.groups * self.group_size, self.width) + self.position_flops()
+        return tokenizer_flops(self.groups * self.group_size, self.width, self.token_widths) + self.position_flops()
 
     def position_flops(self) -> float:
         """The position MLP on all centres."""

@@ -22,11 +22,13 @@ from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.flops import linear_flops
 from maskae.nn.point_transformer import PointDecoder, PointTransformer
 from maskae.nn.points import Groups
+from maskae.point_panels import BLUE, GREY, ORANGE, cloud_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
 from maskae.systems.vit_arguments import check_choice, check_heads
 
 MASKERS = ("random", "block")
+DRAWN = 6
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,36 @@ class PointMae(PointArguments):
         variables = {"params": params["encoder"], STATISTICS: state[STATISTICS]["encoder"]}
         encoded: Any = self.encoder.apply(variables, groups.offsets, groups.centres)
         return named_features(encoded.astype(jnp.float32), bool(self.cls_tokens))
+
+    def raw_features(self, batch: Batch) -> dict[str, jax.Array]:
+        """The baseline without learning: `pooled` [B, 64], quantiles of the distances of random pairs of points (Osada et al. 2002, D2)."""
+        points = self.points_of(batch)  # in random order, so that neighbours in it are random pairs
+        pairs = [jnp.linalg.norm(points - jnp.roll(points, shift, axis=1), axis=-1) for shift in range(1, 9)]
+        return {"pooled": jnp.quantile(jnp.concatenate(pairs, axis=1), jnp.linspace(0, 1, 64), axis=1).T}
+
+    def draw(self, params: Params, state: State, batch: Batch, rng: jax.Array, spec: Any) -> dict[str, Any]:
+        """`reconstruction`: clouds, what each view sees of them, and that with the predicted points of the hidden groups."""
+        count = min(DRAWN, batch["points"].shape[0])
+
+        def predict(params: Params, state: State, points: jax.Array) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+            groups = self.group(points[:count])
+            masks = self.masks(groups, jnp.arange(count), rng)
+            named = self.forward(params, state, groups, masks, train=False)
+            views = []
+            for mask, prediction in zip(masks, named["prediction"], strict=True):
+                centres = take_tokens(groups.centres, removed_indices(mask))[:, :, None]  # [B, m, 1, 3]
+                seen = take_tokens((groups.centres[:, :, None] + groups.offsets).reshape(count, self.groups, -1), mask.keep_indices)
+                views.append((seen.reshape(count, -1, 3), (centres + prediction).reshape(count, -1, 3)))
+            return points[:count], views
+
+        points, views = jax.device_get(jax.jit(predict)(params, state, self.points_of(batch)))
+        columns: dict[str, Any] = {"original": [[(cloud, BLUE)] for cloud in points]}
+        for number, (seen, predicted) in enumerate(views, start=1):
+            name = f"view {number}: " if len(views) > 1 else ""
+            columns[f"{name}visible groups"] = [[(cloud, BLUE)] for cloud in seen]
+            pairs = zip(seen, predicted, strict=True)
+            columns[f"{name}with the predicted points"] = [[(cloud, GREY), (drawn, ORANGE)] for cloud, drawn in pairs]
+        return {"reconstruction": cloud_sheet(columns, caption=f"{spec.name}, validation clouds")}
 
     def forward_flops(self, batch: Batch) -> float:
         """Tokens once; per view the encoder on visible groups, the decoder on all, the head on removed ones."""
