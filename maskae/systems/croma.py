@@ -14,19 +14,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskae.data.device import mixup
+from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.losses.contrastive import info_nce
-from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches
+from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
 from maskae.masking import Mask, draw_noise, random_mask, take_tokens
 from maskae.nn.alibi import patch_coordinates
 from maskae.nn.augmentations import flip, rotate90, square_crop, vertical_flip
 from maskae.nn.joint import Beside
-from maskae.nn.patches import patchify
+from maskae.nn.patches import patchify, unpatchify
 from maskae.nn.sharding import constrain
+from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State
 from maskae.systems.croma_arguments import SENSORS, CromaArguments
+
+RAW_SIDE = 16
+SHOWN = 6
+PREDICTION = "prediction (patch's own mean/std)"
 
 
 class Encodings(NamedTuple):
@@ -91,6 +98,10 @@ class Croma(CromaArguments):
         pairs = {"optical": (prediction[..., :split], target[..., :split]), "radar": (prediction[..., split:], target[..., split:])}
         return {sensor: masked_mean_squared_error(*pairs[sensor], masks[sensor].mask) for sensor in SENSORS}
 
+    def contrast(self, embedded: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
+        """The symmetric loss that picks each example's other sensor among those of the global batch; embeddings [B, D] of length 1."""
+        return info_nce(embedded["optical"], embedded["radar"], scale, stop_key_gradient=self.key_stop_gradient)
+
     def loss_given_noise(
         self, params: Params, images: dict[str, jax.Array], noise: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -98,8 +109,7 @@ class Croma(CromaArguments):
         named = self.forward(params, images, noise)
         target = self.target(images)
         scale = jnp.exp(params["logit_scale"])
-        embedded = named["embedded"]
-        contrastive = info_nce(embedded["optical"], embedded["radar"], scale, stop_key_gradient=self.key_stop_gradient)
+        contrastive = self.contrast(named["embedded"], scale)
         errors = self.reconstruction(named["prediction"], target, named["masks"])
         trivial = self.reconstruction(jnp.zeros_like(target), target, named["masks"])
         metrics = {f"{sensor}_loss": errors[sensor] for sensor in SENSORS}
@@ -131,25 +141,31 @@ class Croma(CromaArguments):
             stacked = mixup(stacked, jax.random.beta(keys[4], self.mixup_alpha, self.mixup_alpha))
         return {"optical": stacked[..., : self.optical_channels], "radar": stacked[..., self.optical_channels :]}
 
+    def noise(self, images: dict[str, jax.Array], example: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
+        """The masking noise [B, L] of each sensor, one independent of the other."""
+        length = math.prod(self.grid_of(images["optical"]))
+        return {sensor: draw_noise(key, example, length) for sensor, key in zip(SENSORS, jax.random.split(rng), strict=True)}
+
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Both losses, weighted. `trivial_loss` is the reconstruction loss of predicting zero."""
-        view_key, optical_key, radar_key = jax.random.split(rng, 3)
+        view_key, noise_key = jax.random.split(rng)
         images = self.views(batch, view_key)
-        length = math.prod(self.grid_of(images["optical"]))
-        keys = {"optical": optical_key, "radar": radar_key}
-        noise = {sensor: draw_noise(keys[sensor], batch["example"], length) for sensor in SENSORS}
-        loss, metrics = self.loss_given_noise(params, images, noise)
+        loss, metrics = self.loss_given_noise(params, images, self.noise(images, batch["example"], noise_key))
         return loss, Outputs(metrics, state)
+
+    def whole(self, batch: Batch) -> dict[str, jax.Array]:
+        """The sensors' whole images, at `feature_size` where it is given."""
+        images, side = self.sensors(batch), self.feature_size
+        if not side:
+            return images
+        return {sensor: jax.image.resize(x, (len(x), side, side, x.shape[3]), "linear") for sensor, x in images.items()}
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Of the whole images, any multiple of the patch size: `optical`, `radar` [B, D] for each sensor that is there, with both `joint`.
 
         Also `<sensor>_embedding` [B, D], what the contrastive loss matches, and `tokens` [B, L, D] of the pooled kind. float32.
         """
-        images = self.sensors(batch)
-        if self.feature_size:
-            side = self.feature_size
-            images = {sensor: jax.image.resize(x, (x.shape[0], side, side, x.shape[3]), "linear") for sensor, x in images.items()}
+        images = self.whole(batch)
         encoded = {sensor: self.encode(params, sensor, x) for sensor, x in images.items()}
         tokens = {sensor: each.tokens for sensor, each in encoded.items()}
         found = {sensor: each.pooled for sensor, each in encoded.items()}
@@ -160,3 +176,39 @@ class Croma(CromaArguments):
         pool = self.pool if self.pool in tokens else next(iter(tokens))
         found |= {"pooled": found[pool], "tokens": tokens[pool]}
         return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+    def raw_features(self, batch: Batch) -> dict[str, jax.Array]:
+        """The baseline: the numbers of both sensors at no more than 16 pixels a side, as one vector."""
+        images = self.sensors(batch)
+        side = min(RAW_SIDE, *(x.shape[1] for x in images.values()))
+        small = [jax.image.resize(x, (len(x), side, side, x.shape[3]), "linear").reshape(len(x), -1) for x in images.values()]
+        return {"pooled": jnp.concatenate(small, -1)}
+
+    def draw(self, params: Params, state: State, batch: Batch, rng: jax.Array, spec: DataSpec) -> dict[str, np.ndarray]:
+        """A sheet per sensor: the image, what its encoder saw, and the prediction with each hidden patch's true mean and contrast."""
+        rows = {name: value[:SHOWN] for name, value in batch.items()}
+        images = self.whole(rows)
+        if set(images) != set(SENSORS):
+            return {}
+        named = jax.jit(self.forward)(params, images, self.noise(images, rows["example"], rng))
+        grid, split = self.grid_of(images["optical"]), self.patch_size**2 * self.optical_channels
+        patches = {sensor: patchify(x, self.patch_size) for sensor, x in images.items()}
+        statistics = {sensor: patch_statistics(x) for sensor, x in patches.items()}
+        if self.target_norm == "joint":
+            statistics = dict.fromkeys(SENSORS, patch_statistics(jnp.concatenate([patches[sensor] for sensor in SENSORS], -1)))
+        predicted = {"optical": named["prediction"][..., :split], "radar": named["prediction"][..., split:]}
+        sheets = {}
+        for sensor in SENSORS:
+            mean, deviation = statistics[sensor]
+            removed = named["masks"][sensor].mask[..., None] > 0  # [B, L, 1]
+            hidden = {"masked": jnp.zeros_like(patches[sensor]), PREDICTION: predicted[sensor] * deviation + mean}
+            columns = {"original": images[sensor]}
+            for name, filling in hidden.items():
+                columns[name] = unpatchify(jnp.where(removed, filling, patches[sensor]), grid, self.patch_size)
+            if sensor == "optical":
+                colours = jnp.asarray(spec.details.get("optical_colours", range(min(3, self.optical_channels))))
+                columns = {name: x[..., colours] for name, x in columns.items()}
+            count = columns["original"].shape[-1]
+            shown = {name: np.asarray(x) for name, x in columns.items()}
+            sheets[sensor] = panel_sheet(shown, mean=(0.0,) * count, std=(1.0,) * count, rows=SHOWN, caption=f"{sensor}, {spec.name}")
+        return sheets

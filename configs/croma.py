@@ -1,0 +1,128 @@
+"""CROMA, "Remote Sensing Representations with Contrastive Radar-Optical Masked Autoencoders" (Fuller et al., NeurIPS 2023).
+
+    python -m maskae.main --config configs/croma.py:tiny --workdir runs/croma_tiny --config.data.root=shared/data
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from maskae.config import default_config, set_duration
+
+VARIANTS = ("tiny", "sentinel", "base", "large")
+
+SIZES = {"base": {"width": 768, "depth": 12}, "large": {"width": 1024, "depth": 24}}
+BOTH_AND_EACH = ("pooled", "optical", "radar")
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    """The recipe of one size."""
+    config = default_config()
+    config.system = "croma"
+    config.data.channels = 0
+    config.data.train_transform = ()
+    config.data.val_transform = ()
+    config.data.flip = False
+    config.optimizer.name = "adamw"
+    config.optimizer.arguments = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01}
+    if variant in ("tiny", "sentinel"):
+        return tiny(config) if variant == "tiny" else sentinel(tiny(config))
+    config.model = {
+        "image_size": 120,
+        "optical_channels": 12,
+        "radar_channels": 2,
+        "patch_size": 8,
+        **SIZES[variant],
+        "heads": 16,
+        "decoder_width": 512,
+        "decoder_depth": 1,
+        "decoder_heads": 8,
+        "mask_ratio": 0.75,
+        "contrastive_weight": 1.0,
+        "reconstruction_weight": 1.0,
+        "joint_self_bias": "radar",
+        "key_stop_gradient": True,
+        "target_norm": "joint",
+        "crop_sides": (60, 180),
+        "flip": True,
+        "mixup_alpha": 0.3,
+        "feature_size": 120,
+        "pool": "joint",
+        "dtype": "bfloat16",
+        "scan": True,
+        "remat": "dots",
+        "attention": "xla",
+    }
+    config.data.source = "sentinel_pairs:ssl4eo_s12"
+    config.data.fields = {"sensor_optical": "uint8[264,264,12]", "sensor_radar": "uint8[264,264,2]"}
+    config.data.examples = 1_000_000
+    config.data.val_percent = 1.0
+    config.train.batch_size = 7168 if variant == "base" else 4096
+    set_duration(config.train, total_epochs=300.0 if variant == "base" else 600.0)
+    config.optimizer.base_learning_rate = 4e-6
+    set_duration(config.optimizer, warmup_percent=5.0)
+    config.log.every_steps = 50
+    set_duration(config.checkpoint, every_epochs=5.0)
+    set_duration(config.evaluate, every_epochs=50.0)
+    config.evaluate.batch_size = 512
+    config.evaluate.max_examples = 10_000
+    config.evaluate.evaluators = {"matched": {}, "rank": {}}
+    return config
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """EuroSAT's photographs as two sensors: colours, and luminance with gradient energy; 8 x 8 patches of which 16 are kept."""
+    config.model = {
+        "image_size": 32,
+        "optical_channels": 3,
+        "radar_channels": 2,
+        "patch_size": 4,
+        "width": 96,
+        "depth": 2,
+        "heads": 4,
+        "decoder_width": 64,
+        "decoder_depth": 1,
+        "decoder_heads": 4,
+        "mask_ratio": 0.75,
+        "contrastive_weight": 1.0,
+        "reconstruction_weight": 1.0,
+        "joint_self_bias": "radar",
+        "key_stop_gradient": True,
+        "target_norm": "joint",
+        "crop_sides": (32, 64),
+        "flip": True,
+        "mixup_alpha": 0.0,
+        "feature_size": 32,
+        "pool": "joint",
+        "dtype": "float32",
+        "scan": False,
+        "remat": "none",
+        "attention": "xla",
+    }
+    config.data.source = "two_sensor:eurosat_rgb@64"
+    config.data.image_size = 32
+    config.data.cache = "none"
+    config.train.batch_size = 64
+    set_duration(config.train, total_steps=2000)
+    config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64
+    set_duration(config.optimizer, warmup_percent=10.0)
+    config.evaluate.evaluators = {
+        "matched": {},
+        "knn": {"features": BOTH_AND_EACH, "ks": (20,)},
+        "logistic": {"features": BOTH_AND_EACH, "labels_per_class": 20},
+        "rank": {"features": BOTH_AND_EACH},
+    }
+    return config
+
+
+def sentinel(config: ConfigDict) -> ConfigDict:
+    """Six real Sentinel-1/2 pairs, random windows of 64 pixels: too few to generalise from, enough to see every part work on 14 bands."""
+    config.model.update({"image_size": 64, "optical_channels": 12, "radar_channels": 2, "patch_size": 8, "crop_sides": (0, 0)})
+    config.model.feature_size = 64
+    config.data.source = "sentinel_pairs:rs_s1s2_pairs/rs_s1s2_pairs.npz@64"
+    config.data.image_size = 64
+    config.data.val_percent = 30.0
+    config.train.batch_size = 32
+    set_duration(config.train, total_steps=500)
+    config.evaluate.evaluators = {"matched": {"batch": 8}, "multilabel": {"features": BOTH_AND_EACH}, "rank": {"features": BOTH_AND_EACH}}
+    return config
