@@ -104,6 +104,8 @@ def test_one_process_reads_all_rows_and_puts_them_on_the_batch_axes():
         ("params/encoder/block_0/attention/qkv/kernel", (64, 3, 4, 16), ("fsdp", None, "tensor", None)),
         ("params/encoder/block_0/attention/qkv/bias", (3, 4, 16), (None, "tensor", None)),
         ("params/encoder/block_0/attention/out/kernel", (4, 16, 64), ("tensor", None, "fsdp")),
+        ("params/joint/block_0/cross_attention/key/kernel", (64, 4, 16), ("fsdp", "tensor", None)),
+        ("params/joint/block_0/cross_attention/key/bias", (4, 16), ("tensor", None)),
         ("params/encoder/block_0/mlp/fc1/kernel", (64, 256), ("fsdp", "tensor")),
         ("params/encoder/block_0/mlp/fc1/bias", (256,), ("tensor",)),
         ("params/encoder/block_0/mlp/fc2/kernel", (256, 64), ("tensor", "fsdp")),

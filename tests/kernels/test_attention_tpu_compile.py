@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from maskae.config import load_config
 from maskae.kernels.attention import attention
 from maskae.planning.chips import parse_topology
 from maskae.planning.compile import tpu_devices
+from maskae.planning.plan import plan
 from tests.kernels.attention_case import FEATURES
 
 # B, N, M, H, D: eight clips of VideoMAE, and the bytes of one float32 score for each pair of tokens.
@@ -93,3 +95,12 @@ def test_nor_on_any_other_chip(topology: str, features: tuple[str, ...]) -> None
 @pytest.mark.parametrize("topology", ["v5e:1x1", *OTHERS])
 def test_every_length_and_head_size_compiles(topology: str, queries: int, keys: int, width: int, dtype: str) -> None:
     assert compiled(topology, (2, queries, keys, 16, width), FEATURES, dtype).memory_analysis() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "overrides"), [("v5e:2x2", ()), ("v6e:2x4", ("mesh.fsdp=2", "mesh.tensor=2"))])
+def test_a_train_step_over_a_mesh_compiles_with_the_kernels(topology: str, overrides: tuple[str, ...]) -> None:
+    recipe = "configs/mae.py:tiny"
+    scanned = ("model.scan=true", "model.remat=full", "model.depth=3", "model.decoder_depth=1", "model.attention=pallas_tpu")
+    report = plan(recipe, load_config(recipe, [*scanned, *overrides]), parse_topology(topology))
+    assert report.fits and not report.warnings
