@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maskae.errors import UserError
 from maskae.kernels import attention_tpu
 from maskae.kernels.attention import attention
-from maskae.kernels.attention_tpu import Blocks
+from maskae.kernels.attention_tpu import TOKENS, Blocks, choose_blocks
 from tests.kernels.attention_case import FEATURES, Case, assert_close, expected, make_case
 
 GRADIENTS = ("d_query", "d_key", "d_value", "d_slopes")
@@ -110,6 +110,16 @@ def test_without_options_it_equals_jax_own_attention() -> None:
     np.testing.assert_allclose(attention(query, key, value, implementation="xla"), wanted, atol=2e-6)
     doubled = jax.nn.dot_product_attention(query, key, value, scale=2.0)
     np.testing.assert_allclose(attention(query, key, value, scale=2.0, implementation="pallas_tpu"), doubled, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 6, 12, 16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (50, 50), (197, 50), (512, 513), (1568, 1568), (50, 3136)])
+def test_blocks_are_what_the_compiler_takes(queries: int, keys: int, heads: int) -> None:
+    blocks = choose_blocks(queries, keys, heads)
+    for length, block in ((queries, blocks.queries), (keys, blocks.keys)):
+        assert block % 128 == 0 or (block % 16 == 0 and length <= block < length + 16)
+    assert heads % blocks.heads == 0
+    assert blocks.heads == 1 or blocks.heads * max(blocks[:2]) <= TOKENS
 
 
 def test_eight_devices_compute_what_one_does_each_its_rows_and_heads() -> None:
