@@ -96,18 +96,22 @@ def fields_of(record: Record) -> dict[str, Field]:
 def open_planetoid(arguments: SourceArguments) -> Source:
     """A node-labelled graph by name: `<root>/graphs_node/<name>.npz`, `<root>/<name>.npz`, or Planetoid's files `ind.<name>.*` in
     `<root>/planetoid`, where they are fetched to if there is nothing. Raises UserError for a name or file that is none."""
-    name, base = arguments.path, arguments.base
+    graph = read_node_graph(arguments, arguments.path)
+    return NodeGraphSource(node_record(graph), node_spec(arguments.name, graph))
+
+
+def read_node_graph(arguments: SourceArguments, name: str) -> NodeGraph:
+    """The graph `name` from the first place that has it, see `open_planetoid`."""
+    base = arguments.base
     archives = [folder / f"{name}.npz" for folder in (base / "graphs_node", base)]
     found = next((path for path in archives if path.is_file()), None)
     if found is not None:
-        graph = read_node_npz(found)
-    elif name in PLANETOID_BLOBS:
+        return read_node_npz(found)
+    if name in PLANETOID_BLOBS:
         download_planetoid(name, base / "planetoid")
-        graph = read_planetoid(base / "planetoid", name)
-    else:
-        have = sorted({path.stem for folder in (base / "graphs_node", base) for path in folder.glob("*.npz")} | set(PLANETOID_BLOBS))
-        raise UserError(f"{arguments.name}: no graph {archives[0]}{nearest(name, have)}; there are {', '.join(have)}")
-    return NodeGraphSource(node_record(graph), node_spec(arguments.name, graph))
+        return read_planetoid(base / "planetoid", name)
+    have = sorted({path.stem for folder in (base / "graphs_node", base) for path in folder.glob("*.npz")} | set(PLANETOID_BLOBS))
+    raise UserError(f"{arguments.name}: no graph {archives[0]}{nearest(name, have)}; there are {', '.join(have)}")
 
 
 def node_record(graph: NodeGraph) -> Record:

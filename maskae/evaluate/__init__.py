@@ -22,6 +22,7 @@ from maskae.evaluate.few_shot import FewShot
 from maskae.evaluate.graph_svm import GraphSvm
 from maskae.evaluate.matched import Matched
 from maskae.evaluate.multilabel import MultiLabel
+from maskae.evaluate.node_clusters import NodeClusters
 from maskae.evaluate.node_probe import NodeProbeEvaluator
 
 __all__ = [
@@ -49,6 +50,7 @@ EVALUATORS: dict[str, type] = {
     "logistic": Logistic,
     "matched": Matched,
     "multilabel": MultiLabel,
+    "node_clusters": NodeClusters,
     "node_probe": NodeProbeEvaluator,
     "rank": Rank,
     "ridge": Ridge,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
@@ -10,10 +12,36 @@ from sklearn.metrics import adjusted_rand_score, f1_score, normalized_mutual_inf
 from maskae.evaluate.threads import limited_threads
 
 
-def kmeans(features: np.ndarray, clusters: int, *, restarts: int = 10, seed: int = 0) -> np.ndarray:
-    """Cluster of each row of features [N, D], int32 [N]: k-means++ starts, the best of `restarts` by inertia."""
+class Clusters(NamedTuple):
+    """Centres float32 [C, D], the nearest one of each row int32 [N], and the sum of squared distances to it."""
+
+    centres: np.ndarray
+    assigned: np.ndarray
+    inertia: float
+
+
+def fit_kmeans(features: np.ndarray, clusters: int, *, restarts: int = 10, seed: int = 0) -> Clusters:
+    """Clusters of the rows of features [N, D]: k-means++ starts, the best of `restarts` by inertia."""
     with limited_threads(features.size):
-        return KMeans(clusters, n_init=restarts, random_state=seed).fit_predict(features.astype(np.float32)).astype(np.int32)
+        fitted = KMeans(clusters, n_init=restarts, random_state=seed).fit(features.astype(np.float32))
+    return Clusters(fitted.cluster_centers_.astype(np.float32), fitted.labels_.astype(np.int32), float(fitted.inertia_))
+
+
+def kmeans(features: np.ndarray, clusters: int, *, restarts: int = 10, seed: int = 0) -> np.ndarray:
+    """Cluster of each row of features [N, D], int32 [N], see `fit_kmeans`."""
+    return fit_kmeans(features, clusters, restarts=restarts, seed=seed).assigned
+
+
+def fill_empty_clusters(assigned: np.ndarray, classes: int) -> np.ndarray:
+    """`assigned` int [N] with the first rows put into the clusters of 0..classes-1 that have none, one row each.
+
+    That is what the evaluation code shared by DEC, SDCN and SCGC does to the predictions before it matches them, so that all of its
+    numbers are of the changed ones. Only to compare with it: the matching here needs no such thing.
+    """
+    empty = np.setdiff1d(np.arange(classes), assigned)
+    filled = assigned.copy()
+    filled[: len(empty)] = empty[: len(filled)]
+    return filled
 
 
 def match_clusters(assigned: np.ndarray, labels: np.ndarray) -> np.ndarray:

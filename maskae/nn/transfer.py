@@ -68,3 +68,22 @@ def _square(length: int) -> Grid:
     if side * side != length:
         raise UserError(f"a position table of {length} patches is not square: give the pretrained encoder's grid")
     return side, side
+
+
+def adopt_parameters(own: dict[str, Any], given: dict[str, Any], skip: tuple[str, ...] = (), what: str = "encoder") -> dict[str, Any]:
+    """The tree `own` with the values of `given`, but for the top-level names to skip; what `given` has beside that is not used.
+
+    Raises UserError listing every leaf that is missing in `given` or has another shape there; `what` names the tree.
+    """
+    have, adopted, wrong = flatten_paths(given), {}, []
+    for path, leaf in flatten_paths(own).items():
+        value = have.get(path)
+        if path.split("/")[0] in skip:
+            adopted[path] = leaf
+        elif value is None or tuple(value.shape) != tuple(leaf.shape):
+            wrong.append(f"{path}: {'missing' if value is None else tuple(value.shape)} there, {tuple(leaf.shape)} here")
+        else:
+            adopted[path] = jnp.asarray(value, leaf.dtype)
+    if wrong:
+        raise UserError(f"the pretrained {what} does not fit; {len(wrong)} leaves differ: {'; '.join(wrong)}")
+    return unflatten_paths(adopted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maskae.systems.autoencoder import Autoencoder
 from maskae.systems.croma import Croma
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
@@ -11,8 +12,10 @@ from maskae.systems.mae_probe import LinearProbe
 from maskae.systems.point_classifier import PointClassifier
 from maskae.systems.point_cmae import PointCmae
 from maskae.systems.point_mae import PointMae
+from maskae.systems.scgc import Scgc
 
 SYSTEMS: dict[str, type] = {
+    "autoencoder": Autoencoder,
     "croma": Croma,
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
@@ -22,4 +25,5 @@ SYSTEMS: dict[str, type] = {
     "point_classifier": PointClassifier,
     "point_cmae": PointCmae,
     "point_mae": PointMae,
+    "scgc": Scgc,
 }

@@ -21,7 +21,7 @@ from maskae.nn.batch_norm import STATISTICS, BatchNorm
 from maskae.nn.flops import linear_flops
 from maskae.nn.point_augmentations import random_subset, spread_subset
 from maskae.nn.point_transformer import PointTransformer, normal
-from maskae.paths import flatten_paths, unflatten_paths
+from maskae.nn.transfer import adopt_parameters
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
 from maskae.systems.point_mae import named_features
@@ -118,9 +118,9 @@ class PointClassifier(PointArguments):
         """
         params, state = variables
         own = state["encoder"] if self.frozen else params["encoder"]
-        adopted = _adopt(own, pretrained.params.get("encoder", {}), skip=CLS_NAMES)
+        adopted = adopt_parameters(own, pretrained.params.get("encoder", {}), skip=CLS_NAMES)
         given = pretrained.state.get(STATISTICS, {}).get("encoder", {})
-        statistics = {**state[STATISTICS], "encoder": _adopt(state[STATISTICS]["encoder"], given)}
+        statistics = {**state[STATISTICS], "encoder": adopt_parameters(state[STATISTICS]["encoder"], given)}
         if self.frozen:
             return Variables(params, {**state, "encoder": adopted, STATISTICS: statistics})
         return Variables({**params, "encoder": adopted}, {**state, STATISTICS: statistics})
@@ -182,19 +182,3 @@ class PointClassifier(PointArguments):
         sizes = (2 * self.width, *((HEAD_WIDTH, HEAD_WIDTH) if self.head == "mlp" else ()), self.num_classes)
         head = sum(linear_flops(1, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         return self.embedding_flops() + self.stack_flops(1 + self.groups, self.depth) + head
-
-
-def _adopt(own: Params, given: Params, skip: tuple[str, ...] = ()) -> Params:
-    """The tree `own` with the values of `given`, but for the top-level names to skip. Raises UserError listing every leaf that differs."""
-    have, adopted, wrong = flatten_paths(given), {}, []
-    for path, leaf in flatten_paths(own).items():
-        value = have.get(path)
-        if path.split("/")[0] in skip:
-            adopted[path] = leaf
-        elif value is None or tuple(value.shape) != tuple(leaf.shape):
-            wrong.append(f"{path}: {'missing' if value is None else tuple(value.shape)} there, {tuple(leaf.shape)} here")
-        else:
-            adopted[path] = jnp.asarray(value, leaf.dtype)
-    if wrong:
-        raise UserError(f"the pretrained encoder does not fit; {len(wrong)} leaves differ: {'; '.join(wrong)}")
-    return unflatten_paths(adopted)
