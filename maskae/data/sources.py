@@ -14,6 +14,7 @@ from maskae.data.archive import open_archive
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
 from maskae.data.folder import open_folder
 from maskae.data.graphs import open_graph_set, open_planetoid
+from maskae.data.neighbourhoods import open_neighbourhood, open_node_rows
 from maskae.data.points import open_points
 from maskae.data.records import open_array_record
 from maskae.data.remote import open_remote_records
@@ -227,6 +228,8 @@ SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "arrayrecord": open_records,
     "tfds": open_tfds,
     "planetoid": open_planetoid,
+    "node_rows": open_node_rows,
+    "neighbourhood": open_neighbourhood,
     "tu": open_graph_set,
     "two_sensor": open_two_sensor,
     "sentinel_pairs": open_sentinel_pairs,
