@@ -62,7 +62,7 @@ def default_config() -> ConfigDict:
             "max_examples": 0,  # use only so many training records, evenly spaced; 0: all
             "fields": {},  # arrays of a record besides the image, {"points": "float32[1024,3]"}, for a dry run without the data
             "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
-            "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet (the papers')
+            "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet | unit (0..1)
             "cache": "none",  # none | ram: keep what was read of each record in memory, as it is stored
             "cache_gigabytes": 16.0,  # of each split's cache per process (and worker); what does not fit is read again
             "shard_folder": "",  # where shards of a bucket are copied to; empty: .cache/maskae/shards in the home folder
@@ -131,8 +131,10 @@ def default_config() -> ConfigDict:
             "seed": 0,  # of the probes' draws; apart from the run's, so that runs with other seeds are probed alike
             "evaluators": {},  # name -> arguments, see maskae.evaluate.EVALUATORS
             "baselines": True,  # evaluate the untrained encoder and raw pixels too, once
+            "maxima": False,  # keep each metric's largest value over all evaluations too, as papers do that choose the epoch by labels
             "map_examples": 0,  # validation records in a map of the features (two principal components, coloured by label); 0: none
             "panels": 8,  # images in the reconstruction panel; 0: none
+            "pictures": "all",  # all | last: pictures of every evaluation, or of the first and the last one
             "finetune": "",  # a config file to fine-tune with at the end, e.g. configs/mae_finetune.py:tiny
         },
     })
@@ -291,6 +293,9 @@ def check(config: ConfigDict) -> None:
                        ("log.every_steps", config.log.every_steps), ("data.image_size", config.data.image_size)):
         if value < 1:
             raise UserError(f"{key}={value}: must be at least 1")
+    if config.evaluate.pictures not in (choices := ("all", "last")):
+        given = config.evaluate.pictures
+        raise UserError(f"evaluate.pictures={given}: one of {', '.join(choices)}{nearest(given, choices)}")
     for name in config.stages:
         check(stage_config(config, name))
     if config.train.batch_size % config.train.accumulate:

@@ -19,7 +19,7 @@ Record = dict[str, Any]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, in units where 1 is max_value
 
 SPLITS = ("train", "val")
-STATISTICS = ("measured", "imagenet")
+STATISTICS = ("measured", "imagenet", "unit")
 STATISTICS_EXAMPLES = 512
 STATISTICS_SIDE = 256
 
@@ -90,9 +90,14 @@ class SourceArguments:
         return path
 
     def known_statistics(self, channels: int) -> Statistics | None:
-        """ImageNet's where they were asked for, None where they are to be measured. Raises UserError where they cannot fit."""
+        """ImageNet's where they were asked for, None where they are to be measured. Raises UserError where they cannot fit.
+
+        "unit" leaves values in 0..1, which systems need that change colours on the device and normalise after that.
+        """
         if self.statistics == "measured":
             return None
+        if self.statistics == "unit":
+            return (0.0,) * channels, (1.0,) * channels
         if channels != len(IMAGENET_MEAN):
             raise UserError(f"{self.name}: statistics 'imagenet' are for 3 channels, not {channels}")
         return IMAGENET_MEAN, IMAGENET_STD

@@ -19,6 +19,7 @@ from maskae.data.points import open_points
 from maskae.data.records import open_array_record
 from maskae.data.remote import open_remote_records
 from maskae.data.sensors import open_sentinel_pairs, open_two_sensor
+from maskae.data.slices import open_organs, open_slices
 from maskae.data.spec import IMAGE, LABEL, NO_LABEL, DataSpec, split_hash
 from maskae.data.tfds import open_tfds
 from maskae.errors import UserError, nearest
@@ -233,6 +234,8 @@ SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "tu": open_graph_set,
     "two_sensor": open_two_sensor,
     "sentinel_pairs": open_sentinel_pairs,
+    "slices": open_slices,
+    "organs": open_organs,
 }
 
 
@@ -260,7 +263,7 @@ def open_source(
       val_percent: share held out where the data has no validation split of its own (the digits always hold out 360).
       split_seed: chooses which records are held out.
       channels: 1 or 3, what image files are read with; None takes what the source has (3 for `folder:`).
-      statistics: `measured` on the training records (on 512 of them where they are files), or `imagenet`.
+      statistics: `measured` on the training records (on 512 of them where they are files), `imagenet`, or `unit` (values stay in 0..1).
       max_examples: keep only so many records of the split, evenly spaced.
       cache: `ram` keeps records in memory after their first reading, as they are stored; `none` does not.
       cache_gigabytes: of one such cache (10^9 bytes); what does not fit is read anew each time. Each worker process has one.

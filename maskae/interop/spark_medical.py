@@ -11,6 +11,7 @@ import numpy as np
 
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.cnn import foreign_names, load, spark
+from maskae.interop.cnn_contrastive import replay_contrastive
 from maskae.interop.layout import Layout
 from maskae.losses.reconstruction import normalise_patches, patch_statistics
 from maskae.nn.patches import patchify
@@ -96,6 +97,7 @@ def replay(case: Case) -> dict[str, Reproduced]:
         for section, prefix in (("spark", ""), ("convnext", "convnext.")):
             if f"{prefix}image" in case.inputs:
                 found |= replay_spark(case, section, prefix)
+        found |= replay_contrastive(case)
     for name, reproduced in found.items():
         if name in case.outputs:
             found[name] = Reproduced(**(vars(reproduced) | {"value": leading(reproduced.value, case.outputs[name])}))

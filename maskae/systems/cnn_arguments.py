@@ -39,6 +39,7 @@ class CnnArguments:
         network: one of `NETWORKS`.
         width_factor: on every width of a residual network.
         layers, widths: blocks and (inner) widths of each stage in place of the network's own.
+        outer_widths: of each stage of a residual network; None takes the inner ones times the block's expansion.
         stem: "imagenet", or "small" for images of about 32 pixels (residual networks).
         stem_width: channels of the stem; None takes the first stage's.
         zero_last: residual blocks start as the identity (timm's default, not torchvision's).
@@ -50,7 +51,7 @@ class CnnArguments:
         remat: compute blocks anew in the backward pass.
 
     Raises:
-        UserError: where a name is unknown or sizes do not fit together.
+        UserError: where a name is unknown or a number of values does not fit.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -60,6 +61,7 @@ class CnnArguments:
     width_factor: float = 1.0
     layers: tuple[int, ...] | None = None
     widths: tuple[int, ...] | None = None
+    outer_widths: tuple[int, ...] | None = None
     stem: str = "imagenet"
     stem_width: int | None = None
     zero_last: bool = False
@@ -80,9 +82,6 @@ class CnnArguments:
                 raise UserError(f"{name} has {len(values)} values for images of {self.channels} channels")
         if isinstance(self.backbone, resnet.ResNet):
             self.backbone.check()
-        reduction = self.backbone.reductions[-1]
-        if any(side % reduction for side in self._pixels):
-            raise UserError(f"image_size={self.image_size} is no multiple of {reduction}, the encoder's reduction")
 
     @property
     def _pixels(self) -> tuple[int, int]:
@@ -98,6 +97,8 @@ class CnnArguments:
             sizes = convnext.SIZES[self.network] | options
             return convnext.ConvNeXt(**sizes, layer_scale=self.layer_scale, dtype=jnp.dtype(self.dtype))
         style = resnet.Style(zero_last=self.zero_last, dtype=jnp.dtype(self.dtype))
+        if self.outer_widths is not None:
+            options["outputs"] = tuple(self.outer_widths)
         if self.stem_width is not None or "channels" in options:
             options["stem_channels"] = self.stem_width or options["channels"][0]
         return resnet.scaled(self.network, self.width_factor, stem=self.stem, style=style, **options)

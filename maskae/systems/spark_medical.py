@@ -55,6 +55,8 @@ class SparK(CnnArguments):
             check_choice("densify_norm", self.densify_norm, DENSIFY_NORMS)
         if self.decoder_width % 2 ** doublings(self.cell):
             raise UserError(f"decoder_width={self.decoder_width} does not halve {doublings(self.cell)} times")
+        if any(side % self.cell for side in self._pixels):
+            raise UserError(f"image_size={self.image_size} is no multiple of {self.cell}, the side of a cell")
         self.kept(self.grid_of(*self._pixels))
 
     @property

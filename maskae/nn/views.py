@@ -1,0 +1,77 @@
+"""Recipes of random views, by name: what contrastive systems make their pairs and crops with (pieces: `maskae.nn.augmentations`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from maskae.errors import UserError, nearest
+from maskae.nn import augmentations as pieces
+
+
+@dataclass(frozen=True)
+class View:
+    """Probabilities and strengths of one view; its steps are done in the order of these fields.
+
+    Attributes:
+        rotation: probability of a turn by up to 180 degrees.
+        crop: share of the area that the crop takes, from and to.
+        horizontal_flip, vertical_flip: probabilities.
+        jitter: brightness, contrast, saturation, hue; `jitter_probability` of applying it.
+        order: of the four steps of the jitter, "random" or "fixed".
+        gray, blur, noise: probabilities.
+    """
+
+    rotation: float = 0.0
+    crop: tuple[float, float] = (0.2, 1.0)
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_probability: float = 0.8
+    order: str = "random"
+    gray: float = 0.2
+    blur: float = 0.5
+    noise: float = 0.0
+
+    def __call__(self, images: jax.Array, example: jax.Array, key: jax.Array, size: int, crop: Sequence[float] | None = None) -> jax.Array:
+        """One view of each image, units 0..1: [B, H, W, C] -> float32 [B, size, size, C]. `crop` in place of the recipe's own."""
+        keys = jax.random.split(key, 8)
+        x = images
+        if self.rotation:
+            x = pieces.rotate(x, example, keys[0], probability=self.rotation)
+        low, high = crop or self.crop
+        x = pieces.random_resized_crop(x, example, keys[1], size, (low, high))
+        if self.horizontal_flip:
+            x = pieces.flip(x, example, keys[2], self.horizontal_flip)
+        if self.vertical_flip:
+            x = pieces.vertical_flip(x, example, keys[3], self.vertical_flip)
+        if any(self.jitter):
+            strengths = dict(zip(pieces.JITTERS, self.jitter, strict=True))
+            x = pieces.color_jitter(x, example, keys[4], probability=self.jitter_probability, order=self.order, **strengths)
+        if self.gray and x.shape[-1] > 1:
+            x = pieces.grayscale(x, example, keys[5], self.gray)
+        if self.blur:
+            x = pieces.gaussian_blur(x, example, keys[6], probability=self.blur)
+        return pieces.gaussian_noise(x, example, keys[7], probability=self.noise) if self.noise else x
+
+
+VIEWS = {
+    # SimCLR's and MoCo v2's list for photographs.
+    "natural": View(),
+    # The CT study's list for MoCo, BYOL and SimCLR, and its list for SwAV (which does not flip).
+    "ct": View(rotation=0.5, vertical_flip=0.5, jitter_probability=1.0, noise=0.5),
+    "ct_swav": View(crop=(0.9, 1.0), horizontal_flip=0.0, jitter=(0.4, 0.4, 0.2, 0.2)),
+    # For X-rays, which have an upright direction and one channel: crops, and weak changes of brightness and contrast.
+    "radiograph": View(crop=(0.4, 1.0), jitter=(0.3, 0.3, 0.0, 0.0), order="fixed", gray=0.0, blur=0.0),
+    # No change of colour at all: cheap, and the choice where colour is what separates the classes.
+    "crop_flip": View(jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0, blur=0.0),
+}
+
+
+def view_called(name: str) -> View:
+    """The recipe of that name. Raises UserError where there is none."""
+    if name not in VIEWS:
+        raise UserError(f"unknown views '{name}'{nearest(name, VIEWS)}; there are {', '.join(VIEWS)}")
+    return VIEWS[name]
