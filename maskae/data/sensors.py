@@ -11,6 +11,7 @@ The scaling is that of SatMAE, SeCo and CROMA: per channel over the training rec
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -111,18 +112,28 @@ def colours_of(record: Record, crop: ResizeCenterCrop) -> np.ndarray:
     return crop.crop(Picture(record["image"], 3), np.random.default_rng(0))
 
 
+def _open_images(arguments: SourceArguments) -> Source:
+    return open_archive(arguments) if (arguments.resolve("folder") / ARCHIVE).is_file() else open_folder(arguments)
+
+
+@functools.lru_cache(maxsize=8)
+def _measure_images(arguments: SourceArguments, crop: ResizeCenterCrop) -> tuple[ClippedScale, ClippedScale]:
+    # Cached: the training and the validation source of a run are opened one after the other, with the same statistics.
+    train = _open_images(arguments)
+    chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_RECORDS)).round().astype(int))
+    colours = [colours_of(train[int(index)], crop) for index in chosen]
+    return ClippedScale.measured(colours), ClippedScale.measured(map(luminance_and_energy, colours))
+
+
 def open_two_sensor(arguments: SourceArguments) -> Source:
     """Natural images as two sensors. Raises UserError where the images are not there."""
     path, side = split_side(arguments.path, arguments.name)
     inner = dataclasses.replace(arguments, path=path, channels=3, statistics="imagenet")
-    opened = open_archive if (inner.resolve("folder") / ARCHIVE).is_file() else open_folder
-    train = opened(dataclasses.replace(inner, split="train"))
     crop = ResizeCenterCrop(side or DEFAULT_SIDE, side or DEFAULT_SIDE)
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_RECORDS)).round().astype(int))
-    colours = [colours_of(train[int(index)], crop) for index in chosen]
-    scales = {OPTICAL: ClippedScale.measured(colours), RADAR: ClippedScale.measured(map(luminance_and_energy, colours))}
+    scales = dict(zip((OPTICAL, RADAR), _measure_images(dataclasses.replace(inner, split="train"), crop), strict=True))
+    images = _open_images(inner)
     spec = dataclasses.replace(
-        train.spec,
+        images.spec,
         name=arguments.name,
         channels=0,
         mean=(),
@@ -130,7 +141,7 @@ def open_two_sensor(arguments: SourceArguments) -> Source:
         fields=_fields(crop.size, {OPTICAL: 3, RADAR: 2}),
         details=_details(scales, (0, 1, 2)),
     )
-    return TwoSensorSource(opened(inner), crop, scales, spec)
+    return TwoSensorSource(images, crop, scales, spec)
 
 
 def _fields(side: int, channels: dict[str, int]) -> dict[str, Field]:
