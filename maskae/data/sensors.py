@@ -4,6 +4,7 @@
                                  energy of its local gradient; short side to SIDE pixels (64), centre
     sentinel_pairs:FILE[@SIDE]   an .npz of Sentinel-1/2 rasters; training reads random windows of SIDE pixels, evaluation regular ones;
                                  without SIDE the whole rasters. Of the places val_percent are held out
+    sentinel_pairs:FOLDER[@SIDE] a file for every place, see `maskae.data.sensor_places`
 
 The scaling is that of SatMAE, SeCo and CROMA: per channel over the training records, from mean - 2 std to mean + 2 std, clipped.
 """
@@ -24,6 +25,7 @@ from maskae.data.archive import ARCHIVE, open_archive
 from maskae.data.contract import SPLITS, Record, Source, SourceArguments, stratified_split
 from maskae.data.folder import open_folder
 from maskae.data.images import Picture
+from maskae.data.sensor_places import open_places
 from maskae.data.spec import LABEL, NO_LABEL, DataSpec, Field, split_hash
 from maskae.data.transforms import ResizeCenterCrop
 from maskae.errors import UserError, nearest
@@ -227,7 +229,10 @@ def _sentinel_arrays(path: Any, name: str) -> dict[str, np.ndarray]:
 def open_sentinel_pairs(arguments: SourceArguments) -> Source:
     """Windows of Sentinel-1/2 pairs. Raises UserError for a file that holds none, or a window larger than the rasters."""
     path, side = split_side(arguments.path, arguments.name)
-    arrays = _sentinel_arrays(dataclasses.replace(arguments, path=path).resolve("file"), arguments.name)
+    found = dataclasses.replace(arguments, path=path)
+    if not found.url and (found.base / path).is_dir():
+        return open_places(arguments, found.resolve("folder"), side)
+    arrays = _sentinel_arrays(found.resolve("file"), arguments.name)
     rasters = {OPTICAL: arrays["s2"].transpose(0, 2, 3, 1), RADAR: arrays["s1"].transpose(0, 2, 3, 1)}  # [N, H, W, c]
     count, whole = rasters[OPTICAL].shape[:2]
     if side and side > whole:

@@ -119,3 +119,22 @@ def test_wrong_pairs_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             open_source(f"sentinel_pairs:{source}", "train", root=str(tmp_path))
+
+
+def test_a_folder_of_places_keeps_seasons_together(tmp_path: Path) -> None:
+    folder = tmp_path / "places"
+    (folder / "deep").mkdir(parents=True)
+    for place in range(5):
+        code = np.arange(4 * 36, dtype=np.uint8).reshape(4, 1, 6, 6) + place
+        seasons = code if place else code[0]
+        np.savez(folder / ("deep" if place % 2 else "") / f"{place}.npz", s1=seasons, s2=np.concatenate([seasons] * 2, -3))
+    train, val = (open_source("sentinel_pairs:places@4", split, root=str(tmp_path), val_percent=20) for split in ("train", "val"))
+    assert (len(train), len(val)) == (4, 1)
+    assert val[0][OPTICAL].shape == (4, 4, 2)
+    drawn = [train.sample(2, np.random.default_rng(i)) for i in range(30)]
+    for record in drawn:
+        np.testing.assert_array_equal(record[OPTICAL][..., :1], record[RADAR])
+    assert len({int(record[RADAR][0, 0, 0]) // 36 for record in drawn}) == 4
+    np.savez(folder / "0.npz", s1=np.zeros((2, 1, 6, 6)), s2=np.zeros((2, 1, 6, 6)))
+    with pytest.raises(UserError, match="0.npz: .*must be uint8"):
+        open_source("sentinel_pairs:places", "train", root=str(tmp_path))
