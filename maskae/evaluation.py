@@ -17,7 +17,7 @@ from maskae import evaluate
 from maskae.data.sources import LimitedSource
 from maskae.errors import UserError
 from maskae.experiment import Experiment
-from maskae.monitor import Writer
+from maskae.monitor import Writer, read_metrics
 from maskae.monitor.tables import write_atomically
 from maskae.panels import TITLES, panel_sheet
 from maskae.plots import draw_embedding
@@ -81,6 +81,7 @@ class Evaluation:
     def run(self, state: TrainState, step: int, writer: Writer) -> dict[str, float]:
         """Evaluates the state of `step`, keeps its row and panels, and returns the columns for the metric files."""
         metrics = self.metrics(state)
+        metrics |= self.maxima(metrics)
         earlier = self.rows.get(self.own_row, {}) if self.step == step else {}
         self.step, self.rows[self.own_row] = step, earlier | metrics
         self.draw(state, step, writer)
@@ -96,8 +97,21 @@ class Evaluation:
         if not self.evaluators:
             return {}
         keys = evaluate.needed_keys(self.evaluators)
-        train, val = (self.extract(variables_of(state), split, keys) for split in ("train", "val"))
+        reads_train = any(getattr(evaluator, "reads_train", True) for evaluator in self.evaluators.values())
+        train = self.extract(variables_of(state), "train", keys) if reads_train else None
+        val = self.extract(variables_of(state), "val", keys)
         return evaluate.run(self.evaluators, train, val, self.experiment.config.evaluate.seed)
+
+    def maxima(self, metrics: dict[str, float]) -> dict[str, float]:
+        """`<name>_maximum`: the largest value of each metric in this run's logged evaluations and now, where the config asks for it.
+
+        Choosing a step by labels is an oracle's choice: such a number says what some step reached, not what a user would get.
+        """
+        if not self.experiment.config.evaluate.maxima or self.workdir is None:
+            return {}
+        logged = read_metrics(self.workdir / "metrics.jsonl")
+        columns = {name: [row[f"evaluate/{name}"] for row in logged if f"evaluate/{name}" in row] for name in metrics}
+        return {f"{name}_maximum": max([*columns[name], value]) for name, value in metrics.items()}
 
     def raw_input(self) -> dict[str, float]:
         """The evaluators that need one vector per example, on the input itself: its pixels, or what the system calls its raw features."""
@@ -111,6 +125,8 @@ class Evaluation:
 
     def draw(self, state: TrainState, step: int, writer: Writer) -> None:
         """The pictures of the first validation records: reconstructions, and what else the system draws."""
+        if self.experiment.config.evaluate.pictures == "last" and 0 < step < self.experiment.total_steps:
+            return
         if self.experiment.config.evaluate.map_examples:
             writer.images(step, {"embedding": self.embedding(state, step)})
         count = self.experiment.config.evaluate.panels

@@ -20,6 +20,7 @@ from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Li
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
 from maskae.evaluate.few_shot import FewShot
 from maskae.evaluate.graph_svm import GraphSvm
+from maskae.evaluate.label_fractions import LabelFractions
 from maskae.evaluate.matched import Matched
 from maskae.evaluate.multilabel import MultiLabel
 from maskae.evaluate.node_clusters import NodeClusters
@@ -46,6 +47,7 @@ EVALUATORS: dict[str, type] = {
     "few_shot": FewShot,
     "graph_svm": GraphSvm,
     "knn": Knn,
+    "label_fractions": LabelFractions,
     "linear": Linear,
     "logistic": Logistic,
     "matched": Matched,
@@ -106,13 +108,16 @@ def has_labels(features: Features) -> bool:
     return "label" in features and bool((features["label"] >= 0).all())
 
 
-def run(evaluators: Mapping[str, Evaluator], train: Features, val: Features, seed: int = 0) -> dict[str, float]:
-    """The metrics of all evaluators in one dict; those that need labels are left out, with a line in the log, where labels are missing."""
+def run(evaluators: Mapping[str, Evaluator], train: Features | None, val: Features, seed: int = 0) -> dict[str, float]:
+    """The metrics of all evaluators in one dict; those that need labels are left out, with a line in the log, where labels are missing.
+
+    `train` may be None where no evaluator reads it (`reads_train` False).
+    """
     metrics: dict[str, float] = {}
-    complete = has_labels(train) and has_labels(val)
+    complete = has_labels(val) and (train is None or has_labels(train))
     for name, evaluator in evaluators.items():
         if evaluator.needs_labels and not complete:
             logging.info("evaluator '%s' is left out: it needs labels, and the data has examples without", name)
             continue
-        metrics.update(evaluator(train, val, seed))
+        metrics.update(evaluator(train or {}, val, seed))
     return metrics

@@ -28,7 +28,10 @@ from maskae.evaluate.ridge import ridge_probe
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Features of the training and the validation split (`maskae.evaluate.extract`) and a seed -> metrics, a pure function."""
+    """Features of the training and the validation split (`maskae.evaluate.extract`) and a seed -> metrics, a pure function.
+
+    One with `reads_train` False (optional) never looks at the training features, and may be given {}.
+    """
 
     needs_labels: ClassVar[bool]
 
@@ -250,6 +253,7 @@ class Clustering(OverFeatures):
 
     clusters: int | None = None
     restarts: int = 10
+    reads_train: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive("clustering", restarts=self.restarts)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.evaluate.clustering import fit_kmeans
 from maskae.losses.blocked import Computation
@@ -27,6 +28,7 @@ from maskae.losses.soft_clusters import cluster_divergence, sharpened_target, st
 from maskae.nn.mlp import mlp_flops
 from maskae.nn.sharding import constrain
 from maskae.nn.transfer import adopt_parameters
+from maskae.plots import draw_embedding
 from maskae.systems.autoencoder import Autoencoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 
@@ -148,6 +150,15 @@ class Scgc:
         """`tokens` [1, N, latent], their mean `pooled` [1, latent], and `assignment` [1, N, clusters]; no graph is needed."""
         codes = self.autoencoder.encode(params, self.inputs(batch))
         return {"pooled": codes.mean(0)[None], "tokens": codes[None], "assignment": self.assign(params, codes)[None]}
+
+    def draw(self, params: Params, state: State, batch: Batch, rng: jax.Array, spec: DataSpec) -> dict[str, np.ndarray]:
+        """Maps of the codes, coloured by cluster and, where nodes have classes, by class."""
+        found = jax.jit(self.features)(params, state, batch)
+        codes, assigned = np.asarray(found["tokens"][0]), np.asarray(found["assignment"][0]).argmax(1)
+        pictures = {"clusters": draw_embedding(codes, assigned, title="codes by cluster")}
+        if "node_label" in batch:
+            pictures["classes"] = draw_embedding(codes, np.asarray(batch["node_label"][0]), title="codes by class", names=spec.class_names)
+        return pictures
 
     def forward_flops(self, batch: Batch) -> float:
         """Linear maps and similarities of one pass over the graph's nodes."""

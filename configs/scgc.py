@@ -1,0 +1,148 @@
+"""SCGC and SCGC*, "Self-Supervised Contrastive Graph Clustering" (Kulatilleke et al., 2022): the recipes of the released code.
+
+    python -m maskae.main --config configs/scgc.py:dblp_star --workdir runs/dblp --config.data.root=shared/data
+    python -m maskae.main --config configs/scgc.py:tiny --workdir runs/scgc_tiny --config.data.root=shared/data
+
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from maskae.config import default_config, set_duration
+
+
+class Set(NamedTuple):
+    """A data set: nodes, features, classes, non-zero weights of both variants where known, and the graph to build (of k nearest)."""
+
+    nodes: int
+    features: int
+    classes: int
+    pairs: tuple[int, int] = (0, 0)
+    graph: str = ""
+    rate: float = 1e-3
+
+
+class Terms(NamedTuple):
+    """alpha, beta, R and tau of the paper."""
+
+    contrast_weight: float
+    cluster_weight: float
+    steps: int
+    scale: float
+
+
+SETS = {
+    "usps": Set(9298, 256, 10, graph=":heat3"),
+    "hhar": Set(10299, 561, 6, graph=":heat5"),
+    "reut": Set(10000, 2000, 4, graph=":ncos3"),
+    "acm": Set(3025, 1870, 3, (135919, 29281)),
+    "dblp": Set(4057, 334, 4, (11113, 11113)),
+    "citeseer": Set(3327, 3703, 6, (12431, 12431), rate=1e-4),
+}
+SCGC = {
+    "usps": Terms(1.0, 0.1, 4, 0.5),
+    "hhar": Terms(1.0, 10.0, 4, 2.25),
+    "reut": Terms(3.0, 0.1, 3, 1.0),
+    "acm": Terms(0.5, 0.1, 2, 0.25),
+    "dblp": Terms(0.5, 0.1, 1, 0.25),
+    "citeseer": Terms(1.0, 0.1, 1, 0.25),
+}
+SCGC_STAR = {
+    "usps": Terms(4.0, 0.1, 4, 0.25),
+    "hhar": Terms(1.0, 10.0, 3, 2.25),
+    "reut": Terms(0.5, 0.1, 3, 0.25),
+    "acm": Terms(1.0, 0.1, 1, 0.25),
+    "dblp": Terms(1.0, 0.1, 1, 0.25),
+    "citeseer": Terms(1.0, 0.1, 1, 0.25),
+}
+VARIANTS = ("tiny", "base", *SETS, *(f"{name}_star" for name in SETS))
+EPOCHS, AUTOENCODER_EPOCHS, AUTOENCODER_BATCH = 200, 30, 256
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    """The recipe of one data set, of SCGC or with `_star` of SCGC*; `base` is SCGC on DBLP."""
+    if variant == "tiny":
+        return tiny(recipe("dblp", star=True))
+    name = "dblp" if variant == "base" else variant.removesuffix("_star")
+    return recipe(name, star=variant.endswith("_star"))
+
+
+def recipe(name: str, *, star: bool) -> ConfigDict:
+    """An autoencoder on the nodes' features, then clustering of the whole graph from its codes."""
+    config = default_config()
+    config.data.channels = 0
+    config.data.train_transform = ()
+    config.data.val_transform = ()
+    config.data.flip = False
+    config.data.val_percent = 0.0
+    config.optimizer.name = "adam"
+    config.optimizer.schedule = "constant"
+    set_duration(config.optimizer, warmup_percent=0.0)
+    set_duration(config.checkpoint, every_percent=20.0)
+    config.system = "scgc"
+    config.stages = ("autoencoder", "clustering")
+    config.stage = {"autoencoder": autoencoder(name), "clustering": clustering(name, star)}
+    return config
+
+
+def autoencoder(name: str) -> dict[str, Any]:
+    """Stage 1, SDCN's script: k-means on its codes is where clustering starts from."""
+    data = SETS[name]
+    return {
+        "system": "autoencoder",
+        "model": {"hidden": (500, 500, 2000), "latent": 10, "activation": "relu", "field": "nodes"},
+        "data": {"source": f"node_rows:{name}", "examples": data.nodes, "fields": {"nodes": f"float32[{data.features}]"}},
+        "train": {"batch_size": AUTOENCODER_BATCH, "total_epochs": float(AUTOENCODER_EPOCHS)},
+        "optimizer": {"base_learning_rate": 1e-3 * 256 / AUTOENCODER_BATCH},
+        "evaluate": {"evaluators": {"clustering": {"clusters": data.classes, "restarts": 20}}, "map_examples": 1000},
+    }
+
+
+def clustering(name: str, star: bool) -> dict[str, Any]:
+    """Stage 2: one record, so that a step is an epoch; clusters are scored after every one."""
+    data, terms = SETS[name], (SCGC_STAR if star else SCGC)[name]
+    pairs = data.pairs[star] or 8 * data.nodes
+    fields = {"nodes": f"float32[{data.nodes},{data.features}]", "node_label": f"int32[{data.nodes}]"}
+    fields |= {"neighbour_rows": f"int32[{pairs}]", "neighbour_columns": f"int32[{pairs}]", "neighbour_weights": f"float32[{pairs}]"}
+    return {
+        "init_from": "stage:autoencoder",
+        "system": "scgc",
+        "model": {
+            "clusters": data.classes,
+            "hidden": (500, 500, 2000),
+            "latent": 10,
+            "activation": "relu",
+            "decode": not star,
+            "scale": terms.scale,
+            "contrast_weight": terms.contrast_weight,
+            "cluster_weight": terms.cluster_weight,
+        },
+        "data": {
+            "source": f"neighbourhood:{name}:{'sum' if star else 'power'}{terms.steps}{data.graph}",
+            "examples": 1,
+            "fields": fields,
+        },
+        "train": {"batch_size": 1, "total_steps": EPOCHS},
+        # base_learning_rate is at a batch of 256, and the batch is one graph.
+        "optimizer": {"base_learning_rate": data.rate * 256},
+        "evaluate": {
+            "batch_size": 1,
+            "every_steps": 1,
+            "evaluators": {"node_clusters": {}},
+            "maxima": True,
+            "pictures": "last",
+        },
+        "log": {"every_steps": 10},
+    }
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """DBLP with narrow layers and few steps: learning, no evidence of quality."""
+    hidden = (128, 128, 256)
+    for stage in config.stage.values():
+        stage.model.hidden = hidden
+    set_duration(config.stage.clustering.train, total_steps=60)
+    return config
