@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -95,7 +96,8 @@ def autoencoder(name: str) -> dict[str, Any]:
         "system": "autoencoder",
         "model": {"hidden": (500, 500, 2000), "latent": 10, "activation": "relu", "field": "nodes"},
         "data": {"source": f"node_rows:{name}", "examples": data.nodes, "fields": {"nodes": f"float32[{data.features}]"}},
-        "train": {"batch_size": AUTOENCODER_BATCH, "total_epochs": float(AUTOENCODER_EPOCHS)},
+        # The last batch of an epoch is a smaller one there; here it is filled from the next epoch, for as many steps.
+        "train": {"batch_size": AUTOENCODER_BATCH, "total_steps": AUTOENCODER_EPOCHS * math.ceil(data.nodes / AUTOENCODER_BATCH)},
         "optimizer": {"base_learning_rate": 1e-3 * 256 / AUTOENCODER_BATCH},
         "evaluate": {"evaluators": {"clustering": {"clusters": data.classes, "restarts": 20}}, "map_examples": 1000},
     }
