@@ -18,7 +18,8 @@ def labelled(noise: float, rows: int = 12, classes: int = 6, seed: int = 0) -> d
 
 @pytest.mark.parametrize("classifier", ["logistic", "centroid"])
 def test_separable_classes_are_told_apart_and_noise_is_not(classifier: str) -> None:
-    evaluator = make_evaluators({"few_shot": {"ways": 5, "shots": (1, 5), "queries": 6, "episodes": 4, "classifier": classifier}})["few_shot"]
+    arguments = {"ways": 5, "shots": (1, 5), "queries": 6, "episodes": 4, "classifier": classifier}
+    evaluator = make_evaluators({"few_shot": arguments})["few_shot"]
     clear = evaluator(labelled(0.05), labelled(0.05, seed=1), 0)
     assert set(clear) == {f"few_shot_5way_{k}shot_top1{end}" for k in (1, 5) for end in ("", "_std")}
     assert clear["few_shot_5way_5shot_top1"] == 1
