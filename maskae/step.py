@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskae.kernels.attention_cpu import compiles_for_cpu
 from maskae.optim import Optimizer, clip_by_global_norm, ema_update
 from maskae.systems.contract import Outputs, System
 
@@ -72,6 +73,17 @@ def loss_and_gradients(
     return losses.mean(), Outputs(metrics=jax.tree.map(lambda m: m.mean(0), metrics), state=state), grads
 
 
+def choose(accepted: jax.Array, make_new: Callable[[], TrainState], old: TrainState) -> TrainState:
+    """The new state where bool scalar `accepted`, else the old one, leaf by leaf the same tree.
+
+    A selection fuses with the update, which is best where the compiler is good at it. XLA:CPU makes a fusion of each output, which then
+    computes the moments anew from old ones that it has copied: 5.1 ns per parameter of AdamW against 1.0 with a branch (torch fused: 0.5).
+    """
+    if compiles_for_cpu():
+        return jax.lax.cond(accepted, make_new, lambda: old)
+    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), make_new(), old)
+
+
 def make_train_step(
     system: System,
     optimizer: Optimizer,
@@ -102,13 +114,16 @@ def make_train_step(
         batch = prepare(batch, purpose_key(key, "augment"))
         loss, outputs, grads = loss_and_gradients(system, params, state, batch, purpose_key(key, "loss"), step, accumulate)
         grads, gradient_norm = clip_by_global_norm(grads, clip_norm)
-        updates, opt = optimizer.update(grads, train_state["opt"], params, step)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        new = {"params": jax.tree.map(jnp.add, params, updates), "state": outputs.state, "opt": opt, "ema": {}}
-        if ema_decay:
-            new["ema"] = ema_update(train_state["ema"], new["params"], ema_decay)
-        old = {name: train_state[name] for name in new}
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        def moved() -> TrainState:
+            updates, opt = optimizer.update(grads, train_state["opt"], params, step)
+            new = {"params": jax.tree.map(jnp.add, params, updates), "state": outputs.state, "opt": opt, "ema": {}}
+            if ema_decay:
+                new["ema"] = ema_update(train_state["ema"], new["params"], ema_decay)
+            return new
+
+        kept = choose(finite, moved, {name: train_state[name] for name in ("params", "state", "opt", "ema")})
         guard = train_state["guard"]
         guard = {
             "skipped": guard["skipped"] + ~finite,

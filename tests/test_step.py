@@ -149,3 +149,14 @@ def test_microbatches_are_refused_for_a_loss_that_couples_examples(monkeypatch):
     monkeypatch.setattr(type(experiment.system), "couples_examples", True, raising=False)
     with pytest.raises(UserError, match="train.accumulate=2"):
         _ = experiment.train_step
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_old_state_stays_where_the_new_is_refused(accepted: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskae import step
+
+    monkeypatch.setattr(step, "compiles_for_cpu", lambda: on_cpu)
+    old, new = {"params": jnp.ones(2), "opt": {}}, {"params": jnp.full(2, 1.0 if accepted else jnp.nan) * 3, "opt": {}}
+    kept = jax.jit(lambda flag: step.choose(flag, lambda: new, old))(jnp.asarray(accepted))
+    assert kept["params"].tolist() == ([3.0, 3.0] if accepted else [1.0, 1.0])
