@@ -57,7 +57,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.data.fields = {"sensor_optical": "uint8[264,264,12]", "sensor_radar": "uint8[264,264,2]"}
     config.data.examples = 1_000_000
     config.data.val_percent = 1.0
-    config.train.batch_size = 7168 if variant == "base" else 4096
+    config.train.batch_size = 7200 if variant == "base" else 4096
     set_duration(config.train, total_epochs=300.0 if variant == "base" else 600.0)
     config.optimizer.base_learning_rate = 4e-6
     set_duration(config.optimizer, warmup_percent=5.0)

@@ -61,8 +61,41 @@ class Case:
 SMALL_VIT = ("model.width=16", "model.depth=1", "model.heads=2")
 SMALL_DECODER = ("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2")
 
+SMALL_POINTS = (
+    "data.source=points:mosd_rgbd_clouds/mosd.npz@64",
+    "model.groups=8",
+    "model.group_size=8",
+    "model.width=16",
+    "model.depth=1",
+    "model.heads=2",
+    "model.token_widths=(8,8,8)",
+    "train.batch_size=16",
+)
+
 CASES: dict[str, Case] = {
+    "croma": Case(
+        "configs/croma.py:sentinel",
+        (
+            "data.source=sentinel_pairs:rs_s1s2_pairs/rs_s1s2_pairs.npz@32",
+            "model.image_size=32",
+            "model.width=16",
+            "model.heads=2",
+            "model.decoder_width=16",
+            "model.decoder_heads=2",
+            "train.batch_size=16",
+            "model.flip=false",
+            "optimizer.schedule=constant",
+            "optimizer.base_learning_rate=0.16",
+        ),
+        data="rs_s1s2_pairs",
+    ),
     "mae": Case("configs/mae.py:tiny", (*SMALL_VIT, *SMALL_DECODER, "train.batch_size=16"), overfit=(40, 0.95)),
+    "point_classifier": Case("configs/point_classifier.py:tiny", (*SMALL_POINTS, "model.points=64"), data="mosd_rgbd_clouds"),
+    "point_cmae": Case(
+        "configs/point_cmae.py:tiny",
+        (*SMALL_POINTS, "model.decoder_depth=1", "model.decoder_heads=2"),
+        data="mosd_rgbd_clouds",
+    ),
 }
 
 
