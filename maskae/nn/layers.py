@@ -230,7 +230,10 @@ class HeadsProjection(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from one set of tokens, keys and values from another, by three maps `query`, `key`, `value`, and back by `out`."""
+    """Queries from one set of tokens, keys and values from another, by three maps `query`, `key`, `value`, and back by `out`.
+
+    `qkv_bias` is that of all three maps, or of the queries' alone where `key_value_bias` is given.
+    """
 
     heads: int
     qkv_bias: bool = True
@@ -238,6 +241,7 @@ class CrossAttention(nn.Module):
     kernel_init: Initializer = xavier
     dtype: Dtype = jnp.float32
     soft_cap: float | None = None
+    key_value_bias: bool | None = None
 
     @nn.compact
     def __call__(
@@ -251,8 +255,9 @@ class CrossAttention(nn.Module):
         if width % self.heads:
             raise UserError(f"{self.heads} heads do not divide a width of {width}")
         parts = []
-        for name, tokens in (("query", x), ("key", seen), ("value", seen)):
-            projection = HeadsProjection(self.heads, width // self.heads, self.qkv_bias, self.kernel_init, self.dtype, name=name)
+        beside = self.qkv_bias if self.key_value_bias is None else self.key_value_bias
+        for name, tokens, bias in (("query", x, self.qkv_bias), ("key", seen, beside), ("value", seen, beside)):
+            projection = HeadsProjection(self.heads, width // self.heads, bias, self.kernel_init, self.dtype, name=name)
             parts.append(projection(tokens))
         options: dict[str, Any] = {"soft_cap": self.soft_cap, "implementation": self.implementation}
         mixed = attend(*parts, bias=attention_bias, context=context, **options)
