@@ -59,6 +59,16 @@ def read(path: Path, system: Any, template: dict[str, Any]) -> Pretrained:
     return Pretrained(params, {}, 0, system.grid)
 
 
+def read_variables(path: Path, fresh: Variables) -> Variables:
+    """Parameters and state of a run folder, or of a weights file, whose names say which is which and which then stand in both."""
+    if not path.is_file():
+        run = read_run(path)
+        return Variables(run.params, run.state)
+    template = unflatten_paths(flatten_paths(fresh.params) | flatten_paths(fresh.state))
+    loaded, _ = load_weights(path, template, Geometry(1, (1, 1)))
+    return Variables(loaded, loaded)
+
+
 def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     """`fresh` with what `path` holds: a pretrained encoder for a system that takes one, else all parameters and state.
 
@@ -67,8 +77,7 @@ def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     Raises UserError with every leaf that does not fit.
     """
     if hasattr(system, "with_pretrained"):
-        whole = read(path, system, fresh.params)
-        adopted: Variables = system.with_pretrained(fresh, Variables(whole.params, whole.state))
+        adopted: Variables = system.with_pretrained(fresh, read_variables(path, fresh))
         return adopted
     if hasattr(system, "with_encoder"):
         template = {"encoder": fresh.state.get("encoder") or fresh.params["encoder"]}

@@ -122,7 +122,7 @@ def _read_ply(path: Path) -> np.ndarray:
         rows = np.asarray(body.split()[: count * len(names)], np.float64).reshape(count, len(names))
         return rows[:, [names.index(axis) for axis in "xyz"]]
     layout = np.dtype([(line[-1], PLY_ORDERS[form] + PLY_TYPES[line[1]]) for line in properties if line[1] != "list"])
-    if len(layout) != len(properties):
+    if len(layout.names or ()) != len(properties):
         raise ValueError("a vertex property is a list")
     vertices = np.frombuffer(body, layout, count)
     return np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], axis=1)

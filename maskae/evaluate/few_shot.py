@@ -73,7 +73,7 @@ class FewShot(OverFeatures):
 
     def __call__(self, train: Features, val: Features, seed: int = 0) -> dict[str, float]:
         def metrics(rows: np.ndarray, labels: np.ndarray, val_rows: np.ndarray, val_labels: np.ndarray) -> dict[str, float]:
-            found = {}
+            found: dict[str, float] = {}
             for shots in self.shots:
                 scores = []
                 for episode in range(self.episodes):

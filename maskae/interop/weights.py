@@ -13,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from maskae.errors import UserError, nearest
+from maskae.interop import vit
 from maskae.interop.layout import Flat, Geometry, Layout, LoadReport, from_foreign, to_foreign
-from maskae.interop.vit import LAYOUTS
+from maskae.interop.point_layout import POINT_LAYOUTS
 from maskae.paths import flatten_paths, unflatten_paths
+
+LAYOUTS: dict[str, Layout] = vit.LAYOUTS | POINT_LAYOUTS
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ def load_weights(path: str | Path, params: Any, geometry: Geometry, layout: str 
         path: a safetensors file.
         params: nested dict of the model's parameters (freshly initialised, say); shapes and dtypes are kept.
         geometry: of that model.
-        layout: a name of `maskae.interop.vit.LAYOUTS`; None finds out.
+        layout: a name of `LAYOUTS`; None finds out.
 
     Returns:
         The parameters as a nested dict of numpy arrays, and what became of each leaf.
@@ -93,7 +96,7 @@ def export_weights(
         params: nested dict of float arrays.
         path: the file to write; its folder must exist.
         geometry: of the model.
-        layout: a name of `maskae.interop.vit.LAYOUTS`.
+        layout: a name of `LAYOUTS`.
         metadata: stored in the file (training config, commit), beside patch size, grid and layout.
 
     Returns:

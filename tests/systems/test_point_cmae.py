@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.interop import point_cmae as interop
 from maskae.interop.case import Case
 from maskae.interop.parity import compare
+from maskae.interop.point_layout import POINT_MAE
 from maskae.masking import Mask, random_mask
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.point_augmentations import random_rotation
 from maskae.nn.points import Groups
+from maskae.start import start_from
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System, Variables
 from maskae.systems.point_classifier import PointClassifier
@@ -246,12 +249,19 @@ def test_forward_of_the_reference_case(shared: Path) -> None:
     assert not [row for row in rows if not row.agrees]
 
 
-def test_point_mae_layout_names_every_parameter() -> None:
+def test_point_mae_layout_names_every_parameter_and_classifiers_start_from_its_files(tmp_path: Path) -> None:
     system = PointMae(**SMALL, **SMALL_DECODER)
     generator = np.random.default_rng(0)
     shapes = jax.eval_shape(system.init, jax.random.key(0), {})
     fresh = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), shapes)
-    names = interop.official_names({**fresh.params, **fresh.state}, interop.POINT_MAE)
+    names = interop.official_names({**fresh.params, **fresh.state}, POINT_MAE)
     assert "MAE_encoder.blocks.blocks.0.attn.qkv.weight" in names and "decoder_pos_embed.0.weight" in names
-    again = interop.load(names, system, interop.POINT_MAE)
+    again = interop.load(names, system, POINT_MAE)
     jax.tree.map(np.testing.assert_array_equal, tuple(again), tuple(fresh))
+    save_file(names, tmp_path / "official.safetensors")
+    classifier = PointClassifier(**SMALL, num_classes=3, points=24, frozen=True)
+    own = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(classifier.init, jax.random.key(0), {}))
+    started = start_from(classifier, own, tmp_path / "official.safetensors")
+    np.testing.assert_array_equal(started.state["encoder"]["norm"]["scale"], fresh.params["encoder"]["norm"]["scale"])
+    given = fresh.state[STATISTICS]["encoder"]["tokenizer"]["local_norm"]["mean"]
+    np.testing.assert_array_equal(started.state[STATISTICS]["encoder"]["tokenizer"]["local_norm"]["mean"], given)
