@@ -136,7 +136,19 @@ def warmup_step(peak: float, warmup_steps: float, milestones: Sequence[float], f
     return _with_warmup(peak, warmup_steps, after)
 
 
-SCHEDULES = ("cosine", "unshifted_cosine", "linear", "constant", "rsqrt", "step")
+def unfreeze(peak: float, frozen_steps: float) -> Schedule:
+    """0 for `frozen_steps`, then `peak / 10`, doubling with every tenth of that time up to `peak` (the CT study fine-tunes so)."""
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        doublings = jnp.floor(jnp.maximum(step - frozen_steps, 0.0) / max(frozen_steps / 10, 1e-9))
+        # 2^4 > 10: the bound keeps the power finite.
+        return jnp.where(step < frozen_steps, 0.0, peak * jnp.minimum(1.0, 0.1 * 2.0 ** jnp.minimum(doublings, 8.0)))
+
+    return schedule
+
+
+SCHEDULES = ("cosine", "cosine_inclusive", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze")
 
 
 def make_schedule(
@@ -173,4 +185,6 @@ def make_schedule(
         return warmup_rsqrt(peak, minimum, warmup_steps, timescale)
     if name == "step":
         return warmup_step(peak, warmup_steps, milestones, factor)
+    if name == "unfreeze":
+        return unfreeze(peak, warmup_steps)
     return warmup_constant(peak, warmup_steps)

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from maskae.systems.autoencoder import Autoencoder
+from maskae.systems.byol import Byol
+from maskae.systems.cnn_finetune import CnnFineTune
 from maskae.systems.croma import Croma
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
+from maskae.systems.moco_v2 import MocoV2
 from maskae.systems.point_classifier import PointClassifier
 from maskae.systems.point_cmae import PointCmae
 from maskae.systems.point_mae import PointMae
 from maskae.systems.scgc import Scgc
+from maskae.systems.simclr import SimClr
+from maskae.systems.spark_medical import SparK
+from maskae.systems.swav import Swav
 
 SYSTEMS: dict[str, type] = {
     "autoencoder": Autoencoder,
+    "byol": Byol,
+    "cnn_finetune": CnnFineTune,
     "croma": Croma,
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
     "mae": Mae,
     "mae_finetune": FineTune,
     "mae_probe": LinearProbe,
+    "moco_v2": MocoV2,
     "point_classifier": PointClassifier,
     "point_cmae": PointCmae,
     "point_mae": PointMae,
     "scgc": Scgc,
+    "simclr": SimClr,
+    "spark_medical": SparK,
+    "swav": Swav,
 }

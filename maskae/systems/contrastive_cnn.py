@@ -43,7 +43,9 @@ class ContrastiveCnn(CnnArguments):
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} must be positive")
 
-    def view(self, batch: Batch, rng: jax.Array, number: int, size: int | None = None, crop: tuple[float, float] | None = None) -> jax.Array:
+    def view(
+        self, batch: Batch, rng: jax.Array, number: int, size: int | None = None, crop: tuple[float, float] | None = None
+    ) -> jax.Array:
         """View `number` of each image as the network wants it, float32 [B, size, size, C]."""
         key = purpose_key(rng, f"view_{number}")
         made = view_called(self.views)(batch["image"], batch["example"], key, size or self._pixels[0], crop or self.crop)

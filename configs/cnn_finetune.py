@@ -1,0 +1,53 @@
+"""Fine-tuning of a convolutional encoder, the CT study's protocol (Wolf et al. 2023): configs/spark_medical.py pretrains.
+
+    python -m maskae.main --config configs/cnn_finetune.py:tiny --workdir runs/finetuned --config.init_from=runs/spark \\
+        --config.data.root=shared/data --config.data.max_examples=124
+
+The last option keeps a tenth of the labels. Without `init_from` it is training from scratch. The convolutions wait for the first tenth of
+the run.
+
+`:tiny`   organs of a CT volume, 64 pixels, 300 steps of 64.   `:natural`  Caltech-101.
+`:base`   OrganSMNIST (MedMNIST's organsmnist_224.npz, 13,940 / 2,452 images, 11 classes): Adam 1e-4, coupled weight decay 5e-4, batch 64,
+          70 epochs. From scratch MedMNIST's benchmark reports .975 AUC and .785 accuracy at 224 pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from maskae.config import default_config, load_module, set_duration
+
+study = load_module(Path(__file__).with_name("spark_medical.py"))
+VARIANTS = ("tiny", "natural", "base")
+CLASSES = {"tiny": 32, "natural": 101, "base": 11}
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    """The recipe of one task."""
+    config: ConfigDict = default_config()
+    config.system = "cnn_finetune"
+    study.data_of(config, variant)
+    config.model = study.network_of(config, variant)
+    config.model.num_classes = CLASSES[variant]
+    config.train.batch_size = 64
+    config.optimizer.name = "adam"
+    config.optimizer.arguments = {"weight_decay": 5e-4}
+    config.optimizer.no_decay = ()
+    config.optimizer.schedule = "constant"
+    set_duration(config.optimizer, warmup_epochs=0.0)
+    config.evaluate.evaluators = {"accuracy": {}}
+    waiting = {"schedule": "unfreeze", "warmup_epochs": 10.0}
+    if variant in ("tiny", "natural"):
+        set_duration(config.train, total_steps=300)
+        config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64
+        waiting = {"schedule": "unfreeze", "warmup_steps": 30.0}
+    else:
+        config.data.source = "npz:organsmnist_224.npz"
+        config.data.examples = 13_940
+        config.model.update({"mean": (0.5,), "std": (0.5,)})
+        set_duration(config.train, total_epochs=70.0)
+        config.optimizer.base_learning_rate = 4e-4  # 1e-4 at batch 64
+    config.optimizer.groups = {r"encoder/\S+kernel$": waiting}
+    return config
