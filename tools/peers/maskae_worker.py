@@ -21,6 +21,7 @@ def make_side(work: dict[str, Any]) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
+    import maskae.systems  # noqa: F401 (before maskae.step, which some of the systems import)
     from maskae.interop.layout import Geometry
     from maskae.interop.weights import load_weights
     from maskae.optim import make_optimizer
