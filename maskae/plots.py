@@ -111,6 +111,34 @@ def draw_embedding(points: np.ndarray, labels: np.ndarray | None = None, *, titl
     return draw_picture(paint, title=title)
 
 
+def draw_table(lines: Mapping[str, np.ndarray], names: Sequence[str], *, title: str = "") -> np.ndarray:
+    """Rows of a table as coloured cells with their values, the versions of a row under each other.
+
+    Args:
+        lines: name of a version -> float [B, N], NaN where a cell is empty.
+        names: of the N columns.
+        title: written above.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    versions = list(lines)
+    stacked = np.stack([lines[name] for name in versions], 1)  # [B, versions, N]
+    # A blank line parts the rows.
+    spaced = np.pad(stacked, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, stacked.shape[-1])[:-1]
+    low, high = np.nanmin(stacked, (0, 1)), np.nanmax(stacked, (0, 1))
+
+    def paint(axes: Any) -> None:
+        axes.imshow((spaced - low) / np.where(high > low, high - low, 1.0), cmap="Blues", vmin=0, vmax=2, aspect="auto")
+        for row, column in zip(*np.nonzero(~np.isnan(spaced)), strict=True):
+            axes.text(column, row, f"{spaced[row, column]:.3g}", ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+        labels = [*versions, ""] * len(stacked)
+        axes.set_yticks(range(len(spaced)), labels[:-1], fontsize=7)
+
+    return draw_picture(paint, title=title, size=(1.5 + 0.5 * len(names), 1.2 + 0.2 * len(spaced)))
+
+
 def colour_wheel(count: int) -> list[Any]:
     """So many colours that can be told apart: the charts' own where they suffice."""
     import matplotlib

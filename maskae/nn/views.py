@@ -13,18 +13,20 @@ from maskae.nn import augmentations as pieces
 
 @dataclass(frozen=True)
 class View:
-    """Probabilities and strengths of one view; its steps are done in the order of these fields.
+    """Probabilities and strengths of one view; its steps are done in the order of these fields, unless `crop_last`.
 
     Attributes:
-        rotation: probability of a turn by up to 180 degrees.
+        rotation: probability of a turn by up to `degrees`.
         crop: share of the area that the crop takes, from and to.
         horizontal_flip, vertical_flip: probabilities.
         jitter: brightness, contrast, saturation, hue; `jitter_probability` of applying it.
         order: of the four steps of the jitter, "random" or "fixed".
-        gray, blur, noise: probabilities.
+        gray, blur, noise: probabilities; `blur_window` is the number of the blur's taps, None a tenth of the image's side.
+        crop_last: the colours are changed before the crop and the flips.
     """
 
     rotation: float = 0.0
+    degrees: float = 180.0
     crop: tuple[float, float] = (0.2, 1.0)
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
@@ -33,27 +35,36 @@ class View:
     order: str = "random"
     gray: float = 0.2
     blur: float = 0.5
+    blur_window: int | None = None
     noise: float = 0.0
+    crop_last: bool = False
 
     def __call__(self, images: jax.Array, example: jax.Array, key: jax.Array, size: int, crop: Sequence[float] | None = None) -> jax.Array:
         """One view of each image, units 0..1: [B, H, W, C] -> float32 [B, size, size, C]. `crop` in place of the recipe's own."""
         keys = jax.random.split(key, 8)
-        x = images
+        if self.crop_last:
+            return self._place(self._colour(images, example, keys), example, keys, size, crop)
+        return self._colour(self._place(images, example, keys, size, crop), example, keys)
+
+    def _place(self, x: jax.Array, example: jax.Array, keys: jax.Array, size: int, crop: Sequence[float] | None) -> jax.Array:
         if self.rotation:
-            x = pieces.rotate(x, example, keys[0], probability=self.rotation)
+            x = pieces.rotate(x, example, keys[0], self.degrees, probability=self.rotation)
         low, high = crop or self.crop
         x = pieces.random_resized_crop(x, example, keys[1], size, (low, high))
         if self.horizontal_flip:
             x = pieces.flip(x, example, keys[2], self.horizontal_flip)
         if self.vertical_flip:
             x = pieces.vertical_flip(x, example, keys[3], self.vertical_flip)
+        return x
+
+    def _colour(self, x: jax.Array, example: jax.Array, keys: jax.Array) -> jax.Array:
         if any(self.jitter):
             strengths = dict(zip(pieces.JITTERS, self.jitter, strict=True))
             x = pieces.color_jitter(x, example, keys[4], probability=self.jitter_probability, order=self.order, **strengths)
         if self.gray and x.shape[-1] > 1:
             x = pieces.grayscale(x, example, keys[5], self.gray)
         if self.blur:
-            x = pieces.gaussian_blur(x, example, keys[6], probability=self.blur)
+            x = pieces.gaussian_blur(x, example, keys[6], window=self.blur_window, probability=self.blur)
         return pieces.gaussian_noise(x, example, keys[7], probability=self.noise) if self.noise else x
 
 
@@ -67,6 +78,11 @@ VIEWS = {
     "radiograph": View(crop=(0.4, 1.0), jitter=(0.3, 0.3, 0.0, 0.0), order="fixed", gray=0.0, blur=0.0),
     # No change of colour at all: cheap, and the choice where colour is what separates the classes.
     "crop_flip": View(jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0, blur=0.0),
+    # TIP's lists: photographs of cars, and three short-axis slices of a heart as channels.
+    "cars": View(crop=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.0), blur_window=29, crop_last=True),
+    "heart": View(rotation=1.0, degrees=45.0, jitter=(0.5, 0.5, 0.5, 0.0), jitter_probability=1.0, gray=0.0, blur=0.0, crop_last=True),
+    # For characters, which mirrored are other characters.
+    "crop": View(crop=(0.6, 1.0), horizontal_flip=0.0, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0, blur=0.0),
 }
 
 

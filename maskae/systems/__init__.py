@@ -19,6 +19,7 @@ from maskae.systems.scgc import Scgc
 from maskae.systems.simclr import SimClr
 from maskae.systems.spark_medical import SparK
 from maskae.systems.swav import Swav
+from maskae.systems.tip import Tip
 
 SYSTEMS: dict[str, type] = {
     "autoencoder": Autoencoder,
@@ -38,4 +39,5 @@ SYSTEMS: dict[str, type] = {
     "simclr": SimClr,
     "spark_medical": SparK,
     "swav": Swav,
+    "tip": Tip,
 }
