@@ -17,12 +17,13 @@ from maskae import evaluate
 from maskae.data.sources import LimitedSource
 from maskae.errors import UserError
 from maskae.experiment import Experiment
+from maskae.keys import purpose_key
 from maskae.monitor import Writer, read_metrics
 from maskae.monitor.tables import write_atomically
 from maskae.panels import TITLES, panel_sheet
 from maskae.plots import draw_embedding
 from maskae.run_folder import read_json
-from maskae.step import TrainState, purpose_key
+from maskae.step import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from maskae.kernels.attention_cpu import compiles_for_cpu
+from maskae.keys import purpose_key
 from maskae.optim import Optimizer, clip_by_global_norm, ema_update
 from maskae.systems.contract import Outputs, System
 
 TrainState = dict[str, Any]
 Batch = dict[str, jax.Array]
 Prepare = Callable[[Batch, jax.Array], Batch]
-
-
-def purpose_key(key: jax.Array, purpose: str) -> jax.Array:
-    """An independent key for one named use of `key`; naming the use keeps it the same when other uses come and go."""
-    return jax.random.fold_in(key, zlib.crc32(purpose.encode()))
 
 
 def init_train_state(system: System, optimizer: Optimizer, key: jax.Array, batch: Batch, *, ema: bool) -> TrainState:

@@ -35,8 +35,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from maskae.config import load_config, split_arguments
 from maskae.errors import UserError, nearest
 from maskae.experiment import AbsentSource, Experiment, build, open_or_assume
+from maskae.keys import purpose_key
 from maskae.monitor.device_info import describe_run, device_memory, mfu, mfu_text
-from maskae.step import loss_and_gradients, purpose_key, split_batch
+from maskae.step import loss_and_gradients, split_batch
 
 FLAGS = ("--config", "--steps", "--repeats", "--json", "--help")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")

@@ -60,7 +60,7 @@ def seen_images(config: ConfigDict, step: int, count: int) -> tuple[np.ndarray, 
     import jax
 
     from maskae.experiment import build
-    from maskae.step import purpose_key
+    from maskae.keys import purpose_key
 
     experiment = build(config)
     batch = experiment.pipeline.batch(step)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError
+from maskae.keys import purpose_key
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.flops import linear_flops
 from maskae.nn.heads import ProjectionHead
 from maskae.nn.views import view_called
 from maskae.paths import flatten_paths, map_paths
-from maskae.step import purpose_key
 from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError
+from maskae.keys import purpose_key
 from maskae.nn.views import view_called
-from maskae.step import purpose_key
 from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, Params, State
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError
+from maskae.keys import purpose_key
 from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
 from maskae.masking import draw_noise, random_mask
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.convnext import ConvNeXt
 from maskae.nn.patches import patchify, unpatchify
 from maskae.nn.unet_decoder import DENSIFY_NORMS, SparkDecoder, doublings
-from maskae.step import purpose_key
 from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.vit_arguments import check_choice

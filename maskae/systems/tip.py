@@ -17,6 +17,7 @@ import numpy as np
 from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.evaluate.features import extract, to_host
+from maskae.keys import purpose_key
 from maskae.losses.agreement import unit
 from maskae.losses.contrastive import info_nce
 from maskae.losses.tables import cell_losses, hard_negatives, matching_loss
@@ -24,7 +25,6 @@ from maskae.masking import draw_noise
 from maskae.nn import augmentations
 from maskae.nn.views import view_called
 from maskae.plots import draw_table
-from maskae.step import purpose_key
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.tip_arguments import MISSING, TABLE, TipArguments
 
@@ -84,8 +84,8 @@ class Tip(TipArguments):
                 marginals[:, number] = there[places.astype(int)]
         for number, cardinality in enumerate(self.cardinalities):
             if marginals[:, number].max() >= cardinality:
-                wanted = stage.spec.details.get("cardinalities", [])
-                raise UserError(f"cardinalities={self.cardinalities}: column {number} has more values; those of the data are {tuple(wanted)}")
+                wanted = tuple(stage.spec.details.get("cardinalities", []))
+                raise UserError(f"cardinalities={self.cardinalities}: column {number} has more values; those of the data are {wanted}")
         return Variables(variables.params, {**variables.state, "marginals": jnp.asarray(marginals)})
 
     def draw_cells(self, example: jax.Array, rng: jax.Array) -> Draws:
@@ -156,12 +156,13 @@ class Tip(TipArguments):
         matching = matching_loss(named["matches"], together)
         # A missing cell has no true value to be compared with.
         counted = draws.hidden & ~rows.missing
-        categorical, continuous = cell_losses(*named["cells"], rows.table, counted, self.columns, self.softmax)
+        logits, numbers = named["cells"]
+        categorical, continuous = cell_losses(logits, numbers, rows.table, counted, self.columns, self.softmax)
         reconstruction = (categorical + continuous) / 2
         parts = {"contrastive_loss": contrastive, "matching_loss": matching, "reconstruction_loss": reconstruction}
         metrics = parts | {"categorical_loss": categorical, "continuous_loss": continuous}
         metrics["matching_accuracy"] = ((named["matches"][:, 1] > named["matches"][:, 0]) == together).mean()
-        return sum(weight * part for weight, part in zip(self.weights, parts.values(), strict=True)), metrics, named
+        return jnp.asarray(self.weights) @ jnp.stack(list(parts.values())), metrics, named
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """The three losses, weighted; the best constant answer to matching has the loss 0.6365."""
@@ -221,6 +222,6 @@ class Tip(TipArguments):
         """A value for every cell, float32 [B, N]: the most likely code of its column, or the number."""
         if not self.columns.values:
             return numbers.astype(jnp.float32)
-        starts = self.columns.offsets
-        codes = [logits[:, i, start : start + size].argmax(-1) for i, (start, size) in enumerate(zip(starts, self.cardinalities, strict=True))]
+        bounds = zip(self.columns.offsets, self.cardinalities, strict=True)
+        codes = [logits[:, column, start : start + size].argmax(-1) for column, (start, size) in enumerate(bounds)]
         return jnp.concatenate([jnp.stack(codes, 1).astype(jnp.float32), numbers.astype(jnp.float32)], 1)
