@@ -126,6 +126,20 @@ def draw_noise(key: jax.Array, example: jax.Array, length: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (length,)))(example)
 
 
+def draw_exponentials(key: jax.Array, example: jax.Array, length: int) -> jax.Array:
+    """Exp(1) draws float32 [B, length], row i from `fold_in(key, example[i])`; see `weighted_noise`."""
+    return jax.vmap(lambda i: jax.random.exponential(jax.random.fold_in(key, i), (length,)))(example)
+
+
+def weighted_noise(exponentials: jax.Array, weights: jax.Array) -> jax.Array:
+    """Noise [B, L] by which `random_mask` draws without replacement with probability proportional to `weights` >= 0 [B, L].
+
+    Exp(1) / w is an exponential clock of rate w, and the order in which clocks ring is that of a multinomial draw without replacement, as
+    is Gumbel top-k on log w. A weight of 0 comes last.
+    """
+    return exponentials / weights.astype(jnp.float32)
+
+
 def grid_noise(example: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """The regular mask of the MAE ablation: smallest noise at every second row and column, so that a quarter is kept in place. [B, L]."""
     rows, columns = grid

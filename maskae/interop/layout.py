@@ -49,6 +49,8 @@ def _matrix(input_axes: int) -> Shape:
 
 VALUE = Shape(lambda x, _: (x,), lambda parts, shape: parts[0])
 VECTOR = Shape(lambda x, _: (x.reshape(-1),), lambda parts, shape: parts[0].reshape(shape))
+# A leading axis of length 1 that the other library does not have.
+FIRST = Shape(lambda x, _: (x.reshape(x.shape[1:]),), lambda parts, shape: parts[0].reshape(shape))
 LINEAR = _matrix(1)
 OUT_PROJECTION = _matrix(2)
 # A strided convolution (width, channels, rows, columns) and the linear map of a patch's values ordered (row, column, channel).
@@ -189,7 +191,11 @@ def from_foreign(
 
 
 def _fit_positions(table: Any, grid: tuple[int, int], file_grid: tuple[int, int] | None, report: LoadReport) -> Any:
-    """A position table [1, 1+N, D] on the model's grid; unchanged, to be reported as a mismatch, where its own grid is unknown."""
+    """A position table [1, 1+N, D], or CLIP's [1+N, D], on the model's grid; unchanged, to be reported as a mismatch, where its own grid
+    is unknown.
+    """
+    if table.ndim == 2:
+        return _fit_positions(table[None], grid, file_grid, report)[0]
     count = table.shape[1] - 1
     side = math.isqrt(count)
     source = file_grid or (grid if count == grid[0] * grid[1] else (side, side))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskae.interop.layout import LINEAR, OUT_PROJECTION, PATCH, SPLIT_BIAS, SPLIT_KERNEL, VALUE, VECTOR, Layout, Rule, Shape
+from maskae.interop.layout import FIRST, LINEAR, OUT_PROJECTION, PATCH, SPLIT_BIAS, SPLIT_KERNEL, VALUE, VECTOR, Layout, Rule, Shape
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -45,6 +45,20 @@ def huggingface_block(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
+def clip_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """A block of OpenAI's CLIP as Hugging Face transformers name it."""
+    attention = tuple(f"{theirs}.self_attn.{part}_proj" for part in ("q", "k", "v"))
+    return (
+        *norm(f"{ours}/norm1", f"{theirs}.layer_norm1"),
+        Rule(f"{ours}/attention/qkv/kernel", tuple(f"{name}.weight" for name in attention), SPLIT_KERNEL),
+        Rule(f"{ours}/attention/qkv/bias", tuple(f"{name}.bias" for name in attention), SPLIT_BIAS),
+        *_projection(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj", OUT_PROJECTION),
+        *norm(f"{ours}/norm2", f"{theirs}.layer_norm2"),
+        *linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
+        *linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
+    )
+
+
 TIMM_ENCODER = (
     *_projection("encoder/patch_embed", "patch_embed.proj", PATCH),
     Rule("encoder/cls_token", ("cls_token",), VALUE),
@@ -74,6 +88,15 @@ HUGGINGFACE = (
     *norm("decoder/norm", "decoder.decoder_norm"),
     *linear("decoder/head", "decoder.decoder_pred"),
 )
+CLIP = (
+    # Its patch projection has no bias.
+    Rule("encoder/patch_embed/kernel", ("vision_model.embeddings.patch_embedding.weight",), PATCH),
+    Rule("encoder/cls_token", ("vision_model.embeddings.class_embedding",), VECTOR),
+    Rule("encoder/position", ("vision_model.embeddings.position_embedding.weight",), FIRST),
+    *norm("encoder/pre_norm", "vision_model.pre_layrnorm"),
+    *clip_block("encoder/block_{i}", "vision_model.encoder.layers.{i}"),
+    *norm("encoder/norm", "vision_model.post_layernorm"),
+)
 
 LAYOUTS: dict[str, Layout] = {
     # The released MAE code: an encoder named as in timm, and a decoder beside it.
@@ -85,5 +108,7 @@ LAYOUTS: dict[str, Layout] = {
         {"vit.embeddings.position_embeddings": "encoder/cls_token", "decoder.decoder_pos_embed": "decoder/mask_token"},
         ("module.", "_orig_mod.", "vit."),
     ),
+    # The image encoder of CLIPModel and CLIPVisionModel.
+    "clip": Layout(CLIP, prefixes=("module.", "_orig_mod.", "clip_model.", "vision_model.")),
     "maskae": Layout((Rule("{path}", ("{path}",), VALUE),), prefixes=()),
 }

@@ -10,13 +10,21 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError
 from maskae.masking import restore_tokens, take_tokens
-from maskae.nn.layers import AttentionContext, Block, DropPath, Dtype, LayerNorm, PatchEmbed, xavier
+from maskae.nn.layers import AttentionContext, Block, DropPath, Dtype, LayerNorm, PatchEmbed, gelu, xavier
 from maskae.nn.patches import patch_grid
 from maskae.nn.positions import resize_positions, sincos_2d, sincos_at
 from maskae.nn.sharding import constrain
 from maskae.nn.stack import drop_path_rates, run_blocks
 
 TOKEN_STD = 0.02
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 class Encoded(NamedTuple):
@@ -31,7 +39,8 @@ class ViTEncoder(nn.Module):
 
     The position table is the fixed sine-cosine one of whatever grid the images have, or with `trainable_position` a parameter `position`
     [1, 1+N, D] for `grid`, resized bicubically for images of another size. `with_cls` and `with_position` False leave out the CLS token
-    and every position (an encoder whose attention bias says where tokens are).
+    and every position (an encoder whose attention bias says where tokens are). CLIP's has a norm `pre_norm` before the first block and
+    another of the ACTIVATIONS.
     """
 
     patch_size: int
@@ -43,7 +52,9 @@ class ViTEncoder(nn.Module):
     trainable_position: bool = False
     with_cls: bool = True
     with_position: bool = True
+    pre_norm: bool = False
     final_norm: bool = True
+    activation: str = "gelu"
     qkv_bias: str = "all"
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -66,6 +77,7 @@ class ViTEncoder(nn.Module):
                 self.mlp_ratio,
                 self.qkv_bias,
                 self.layer_scale,
+                ACTIVATIONS[self.activation],
                 epsilon=self.epsilon,
                 attention=self.attention,
                 dtype=self.dtype,
@@ -73,6 +85,8 @@ class ViTEncoder(nn.Module):
             )
             for i in range(self.depth)
         ]
+        if self.pre_norm:
+            self.before_blocks = LayerNorm(self.epsilon, self.dtype, name="pre_norm")
         if self.final_norm:
             self.norm = LayerNorm(self.epsilon, self.dtype)
 
@@ -107,11 +121,16 @@ class ViTEncoder(nn.Module):
             collect: also return every block's output.
             context: masks, segments and positions of these tokens, CLS included.
         """
-        x = self.prepend_cls(tokens) if self.with_cls else tokens  # [B, (1+)n, D]
+        x = self.first_input(tokens)  # [B, (1+)n, D]
         drop = None if draws is None or not self.drop_path else DropPath(drop_path_rates(self.drop_path, self.depth), draws)
         options: dict[str, Any] = {"scan": self.scan, "remat": self.remat, "collect": collect}
         x, blocks = run_blocks(self, self.blocks, x, attention_bias=attention_bias, drop=drop, context=context, **options)
         return Encoded(self.norm(x) if self.final_norm else x, blocks)
+
+    def first_input(self, tokens: jax.Array) -> jax.Array:
+        """Patch tokens [B, n, D] -> what the first block gets [B, (1+)n, D]."""
+        x = self.prepend_cls(tokens) if self.with_cls else tokens
+        return self.before_blocks(x) if self.pre_norm else x
 
     def prepend_cls(self, tokens: jax.Array) -> jax.Array:
         """Patch tokens [B, n, D] -> CLS with its position, then they [B, 1+n, D]."""

@@ -11,6 +11,7 @@ from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
+from maskae.systems.mask_align import MaskAlign
 from maskae.systems.moco_v2 import MocoV2
 from maskae.systems.point_classifier import PointClassifier
 from maskae.systems.point_cmae import PointCmae
@@ -31,6 +32,7 @@ SYSTEMS: dict[str, type] = {
     "mae": Mae,
     "mae_finetune": FineTune,
     "mae_probe": LinearProbe,
+    "mask_align": MaskAlign,
     "moco_v2": MocoV2,
     "point_classifier": PointClassifier,
     "point_cmae": PointCmae,
