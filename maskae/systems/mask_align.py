@@ -1,7 +1,7 @@
 """MaskAlign: "Stare at What You See: Masked Image Modeling without Reconstruction", Xue et al., CVPR 2023, arXiv 2211.08887.
 
-A student sees the patches that a frozen teacher attends to; its features there, mixed over depth, have to be those that the teacher computes
-from the whole image. Nothing is reconstructed: there are no mask tokens and no decoder.
+A student sees the patches that a frozen teacher attends to; its features there, mixed over depth, have to be those that the teacher
+computes from the whole image. Nothing is reconstructed: there are no mask tokens and no decoder.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class MaskAlign(ViTArguments):
 
     Args:
         teacher: arguments of `maskae.systems.teacher.Teacher`.
-        masker: "attention" keeps patches with probability proportional to the attention of the teacher's CLS token in its last block (paper,
-            section 3.2); "random" as MAE.
+        masker: "attention" keeps patches with probability proportional to the attention of the teacher's CLS token in its last block
+            (paper, section 3.2); "random" as MAE.
         keep: kept patches; None takes int(L * (1 - mask_ratio)).
         drop_path: rate at the student's last block, rising linearly from 0.
         fusion: what an adaptor gets: "linear", a learned mix of all student layers that starts near the layer of its own number; "sum", one
@@ -92,9 +92,8 @@ class MaskAlign(ViTArguments):
             raise UserError(f"drop_path={self.drop_path}: must be in [0, 1)")
         depth = self.frozen.depth
         if self.fusion != "sum" and depth != self.depth:
-            raise UserError(
-                f"fusion='{self.fusion}' needs as many student as teacher layers, not {self.depth} and {depth}; take fusion='sum'"
-            )
+            layers = f"{self.depth} student and {depth} teacher layers"
+            raise UserError(f"fusion='{self.fusion}' needs as many of the one as of the other, not {layers}; take fusion='sum'")
         layer_weights(self.layer_weights, depth)
         self.kept(self.grid)
 
@@ -237,7 +236,7 @@ class MaskAlign(ViTArguments):
         return self.vit_flops(grid, kept) + len(self.layers) * self.adaptor_module.flops(1 + kept, self.width)
 
     def forward_flops(self, batch: Batch) -> float:
-        """Patch projection of all patches, student on 1 + kept tokens, adaptors of the layers that count, teacher: 45.8 GFLOP for ViT-B/16."""
+        """Patch projection of all patches, student on 1 + kept tokens, adaptors of the layers that count, teacher; 45.8 GFLOP for ViT-B."""
         return self.student_flops(batch) + self.frozen.flops()
 
     def train_flops(self, batch: Batch) -> float:

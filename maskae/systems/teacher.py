@@ -162,9 +162,9 @@ class Teacher:
         return jax.tree.map(jax.lax.stop_gradient, Seen(first, hidden))
 
     def attention_of(self, params: Params, seen: Seen, block: int = -1, rows: int | None = None) -> jax.Array:
-        """Softmax weights of one block, counted from 0 or from the end, of its first `rows` tokens (None: all); float32 [B, heads, rows, 1+N].
+        """Softmax weights of one block, counted from 0 or from the end, of its first `rows` tokens (None: all).
 
-        Raises UserError where there is no such block.
+        Returns float32 [B, heads, rows, 1+N]. Raises UserError where there is no such block.
         """
         if not -self.depth <= block < self.depth:
             raise UserError(f"the teacher has {self.depth} blocks; there is no block {block}")
