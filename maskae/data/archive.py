@@ -39,6 +39,14 @@ def read_member(path: Path, member: str) -> bytes:
         raise BadRecord(f"{member}: {error}") from error
 
 
+def members(path: Path, name: str) -> set[str]:
+    """The files in a zip file. Raises UserError, which names the source `name`, where it is none."""
+    try:
+        return set(_archive(path, os.getpid()).namelist())
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{name}: {path} is no zip file: {error}") from error
+
+
 @dataclass(frozen=True)
 class ArchiveSource:
     """Image files of the zip file `path`. labels: int32 [N]."""
@@ -81,11 +89,8 @@ def open_archive(arguments: SourceArguments) -> Source:
         if not part.is_file():
             raise UserError(f"{arguments.name}: no file {part}; archive: reads {ARCHIVE} and {TABLE}")
     rows = _rows(folder / TABLE, arguments.name)
-    try:
-        members = set(_archive(path, os.getpid()).namelist())
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{arguments.name}: {path} is no zip file: {error}") from error
-    if absent := [row["file"] for row in rows if row["file"] not in members]:
+    known_files = members(path, arguments.name)
+    if absent := [row["file"] for row in rows if row["file"] not in known_files]:
         raise UserError(f"{arguments.name}: {len(absent)} files of {TABLE} are not in {path}, for example {absent[0]}")
     labels = np.asarray([int(row["label"]) for row in rows], np.int32)
     if rows and "split" in rows[0]:

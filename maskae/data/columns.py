@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-class Columns(NamedTuple):
+@dataclass(frozen=True)
+class Columns:
     """`cardinalities`: of the categorical columns, which come first; `continuous`: how many columns follow."""
 
     cardinalities: tuple[int, ...]

@@ -21,6 +21,7 @@ from maskae.data.remote import open_remote_records
 from maskae.data.sensors import open_sentinel_pairs, open_two_sensor
 from maskae.data.slices import open_organs, open_slices
 from maskae.data.spec import IMAGE, LABEL, NO_LABEL, DataSpec, split_hash
+from maskae.data.tables import open_digits_table, open_table_images
 from maskae.data.tfds import open_tfds
 from maskae.errors import UserError, nearest
 
@@ -220,8 +221,15 @@ def open_records(arguments: SourceArguments) -> Source:
     return open_remote_records(arguments) if arguments.url else open_array_record(arguments)
 
 
+def open_table_of_digits(arguments: SourceArguments) -> Source:
+    """The digits with a derived table."""
+    return open_digits_table(arguments, open_digits)
+
+
 SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "digits": open_digits,
+    "digits_table": open_table_of_digits,
+    "table_images": open_table_images,
     "folder": open_folder,
     "archive": open_archive,
     "npz": open_npz,

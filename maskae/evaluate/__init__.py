@@ -22,6 +22,7 @@ from maskae.evaluate.few_shot import FewShot
 from maskae.evaluate.graph_svm import GraphSvm
 from maskae.evaluate.label_fractions import LabelFractions
 from maskae.evaluate.matched import Matched
+from maskae.evaluate.missing_cells import MissingCells
 from maskae.evaluate.multilabel import MultiLabel
 from maskae.evaluate.node_clusters import NodeClusters
 from maskae.evaluate.node_probe import NodeProbeEvaluator
@@ -51,6 +52,7 @@ EVALUATORS: dict[str, type] = {
     "linear": Linear,
     "logistic": Logistic,
     "matched": Matched,
+    "missing_cells": MissingCells,
     "multilabel": MultiLabel,
     "node_clusters": NodeClusters,
     "node_probe": NodeProbeEvaluator,

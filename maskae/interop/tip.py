@@ -172,7 +172,7 @@ def replay_gradients(case: Case, system: Tip, params: Any, state: Any) -> dict[s
     images, rows, draws = inputs_of(case, system)
     grads = jax.jit(jax.grad(lambda p: system.loss_given_draws(p, state, images, rows, draws)[0]))(params)
     named = official_names(grads)
-    norms = {name: np.linalg.norm(grad.astype(np.float64).ravel()) for name, grad in named.items()}
+    norms = {name: float(np.linalg.norm(grad.astype(np.float64).ravel())) for name, grad in named.items()}
     found = {f"grad/{name}": Reproduced(grad, GRADIENT) for name, grad in named.items()}
     for name, value in norms.items():
         recorded = case.outputs.get(f"gradnorm/{name}", value)

@@ -1,4 +1,4 @@
-"""Losses of image-table pretraining (TIP, Du et al. 2024, arXiv 2407.07582, section 3.3): hidden cells, and matching with hard negatives."""
+"""Losses of image-table pretraining (TIP, Du et al. 2024, arXiv 2407.07582, section 3.3): hidden cells, matching with hard negatives."""
 
 from __future__ import annotations
 

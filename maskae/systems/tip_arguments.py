@@ -85,9 +85,10 @@ class TipArguments(CnnArguments):
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} must be positive")
         if any(cardinality < 1 for cardinality in self.cardinalities) or self.continuous < 0 or not self.columns.count:
-            raise UserError(f"cardinalities={self.cardinalities}, continuous={self.continuous}: there must be columns, of at least one value")
-        if not 0 < self.hidden_columns < self.columns.count:
-            raise UserError(f"mask_ratio={self.mask_ratio} hides {self.hidden_columns} of {self.columns.count} columns: neither none nor all")
+            raise UserError(f"cardinalities={self.cardinalities}, continuous={self.continuous}: there must be columns, of a value at least")
+        count, hidden = self.columns.count, self.hidden_columns
+        if not 0 < hidden < count:
+            raise UserError(f"mask_ratio={self.mask_ratio} hides {hidden} of {count} columns; it must hide some, and not all")
         if len(self.weights) != len(PARTS) or min(self.weights) < 0:
             raise UserError(f"weights={self.weights} must be three, none negative: of the {', '.join(PARTS)} loss")
         if self.marginal_rows < 1:
