@@ -5,7 +5,7 @@
 
 `:tiny`          mOSD's objects by their scene's category, the encoder of the `:tiny` recipes, fine-tuned.
 `:scanobjectnn`  15 classes, 2,048 points in 128 groups. Data: an .npz file with `train_points`, `train_label`, `val_points`, `val_label`.
-`:modelnet40`    40 classes, 1,024 points in 64 groups out of all that a file holds. Data: folders `train/CLASS` and `val/CLASS` of .off files.
+`:modelnet40`    40 classes, 1,024 of 4,096 points in 64 groups. Data: folders `train/CLASS` and `val/CLASS` of .off files.
 `:linear`        the MLP-LINEAR protocol on ScanObjectNN: only CLS token and a linear head are trained.
 `:mlp3`          the MLP-3 protocol: the same with the fine-tuning head.
 The papers (Point-MAE, Point-CMAE; PB-T50-RS): fine-tuned 85.18 and 85.95 %, with `--config.model.rotate=True` 88.75 % for Point-CMAE;
