@@ -1,6 +1,20 @@
 """CROMA, "Remote Sensing Representations with Contrastive Radar-Optical Masked Autoencoders" (Fuller et al., NeurIPS 2023).
 
     python -m maskae.main --config configs/croma.py:tiny --workdir runs/croma_tiny --config.data.root=shared/data
+
+`:tiny`   EuroSAT's 3,200 photographs as two sensors, 400 steps of 64: a minute of 2 free CPU cores. With seeds 0, 1, 2 the other sensor is
+          found among 64 in 0.540, 0.642, 0.498 of the cases (chance 0.016, untrained 0.014); the reconstruction loss ends at 1.13 to 1.14
+          (predicting zero: 2.08). Top-1 of the joint feature (untrained, seed 0: logistic 0.688, 20 labels 0.619, kNN 0.629), and with
+          --config.model.reconstruction_weight=0.0 or --config.model.contrastive_weight=0.0 beside it:
+            both losses           logistic 0.757, 0.759, 0.752; 20 labels per class 0.678, 0.673, 0.666; kNN 0.698, 0.700, 0.690
+            contrastive alone     logistic 0.751, 0.760, 0.736; 20 labels per class 0.662, 0.664, 0.649; kNN 0.649, 0.661, 0.655
+            reconstruction alone  logistic 0.729, 0.740, 0.720; 20 labels per class 0.623, 0.641, 0.629; kNN 0.671, 0.669, 0.671
+          Both losses win with few labels and in kNN; with all labels they are level with the contrastive loss. Seeds 0, trained at 32 pixels
+          (8 x 8 patches) and evaluated without training at 64 (16 x 16, `--evaluate RUN --config.model.feature_size=64`, 800 records of each
+          split): logistic 0.728 (0.719 at 32), kNN 0.641 (0.653), the other sensor among 64 0.448 (0.540).
+`:sentinel` six real Sentinel-1/2 pairs: a check of every part on 12 + 2 bands; no figures, with two held-out places none would mean much.
+`:base`   CROMA-B on SSL4EO-S12, 300 epochs of a million pairs: 2.1e19 FLOP. `:large` CROMA-L, 600 epochs. Not run. The paper: BigEarthNet
+          (10 %) 87.58 and 88.29 mAP fine-tuned, EuroSAT 99.22 and 99.46.
 """
 
 from __future__ import annotations
@@ -50,11 +64,11 @@ def get_config(variant: str = "base") -> ConfigDict:
         "pool": "joint",
         "dtype": "bfloat16",
         "scan": True,
-        "remat": "dots",
-        "attention": "xla",
+        "remat": "full",
+        "attention": "auto",
     }
-    config.data.source = "sentinel_pairs:ssl4eo_s12"
-    config.data.fields = {"sensor_optical": "uint8[264,264,12]", "sensor_radar": "uint8[264,264,2]"}
+    config.data.source = "sentinel_pairs:ssl4eo_s12@180"  # a random window of 180 of the 264 pixels, in which a crop of 60 to 180 is drawn
+    config.data.fields = {"sensor_optical": "uint8[180,180,12]", "sensor_radar": "uint8[180,180,2]"}
     config.data.examples = 1_000_000
     config.data.val_percent = 1.0
     config.train.batch_size = 7200 if variant == "base" else 4096
@@ -77,10 +91,10 @@ def tiny(config: ConfigDict) -> ConfigDict:
         "optical_channels": 3,
         "radar_channels": 2,
         "patch_size": 4,
-        "width": 96,
+        "width": 64,
         "depth": 2,
         "heads": 4,
-        "decoder_width": 64,
+        "decoder_width": 32,
         "decoder_depth": 1,
         "decoder_heads": 4,
         "mask_ratio": 0.75,
@@ -103,7 +117,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.data.image_size = 32
     config.data.cache = "none"
     config.train.batch_size = 64
-    set_duration(config.train, total_steps=2000)
+    set_duration(config.train, total_steps=400)
     config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64
     set_duration(config.optimizer, warmup_percent=10.0)
     config.evaluate.evaluators = {
