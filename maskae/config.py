@@ -198,8 +198,9 @@ def _open_stage_key(config: ConfigDict, key: str) -> None:
             if not isinstance(whole, ConfigDict) or part not in whole:
                 raise UserError(f"--config.{key}: no key '{'.'.join(parts[:depth + 1])}'{nearest('.'.join(parts), all_keys(stage))}")
             parent, whole = whole, whole[part]
+            # A number of examples is no duration where its other suffixes are no keys.
             for each in (part, *siblings(part)) if is_duration(part) else (part,):
-                if each not in partial:
+                if each in parent and each not in partial:
                     partial[each] = ConfigDict() if isinstance(whole, ConfigDict) else parent[each]
             partial = partial[part]
 

@@ -77,18 +77,22 @@ def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     Raises UserError with every leaf that does not fit.
     """
     if hasattr(system, "with_pretrained"):
-        adopted: Variables = system.with_pretrained(fresh, read_variables(path, fresh))
-        return adopted
+        return placed_like(fresh, system.with_pretrained(fresh, read_variables(path, fresh)))
     if hasattr(system, "with_encoder"):
         template = {"encoder": fresh.state.get("encoder") or fresh.params["encoder"]}
         pretrained = read(path, system, template)
         if "encoder" not in pretrained.params:
             raise UserError(f"{path} holds no encoder; it holds {', '.join(sorted(pretrained.params))}")
-        started: Variables = system.with_encoder(fresh, pretrained.params["encoder"], pretrained.grid)
-        return started
+        return placed_like(fresh, system.with_encoder(fresh, pretrained.params["encoder"], pretrained.grid))
     pretrained = read(path, system, fresh.params)
     state = fill(fresh.state, pretrained.state, path) if pretrained.state else fresh.state
     return Variables(fill(fresh.params, pretrained.params, path), state)
+
+
+def placed_like(fresh: Variables, variables: Variables) -> Variables:
+    """`variables` with every array where `fresh` has its own."""
+    placed: Variables = jax.tree.map(lambda leaf, own: jax.device_put(leaf, own.sharding), variables, fresh)
+    return placed
 
 
 def begin(system: Any, variables: Variables, stage: Any) -> Variables:

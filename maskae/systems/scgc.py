@@ -22,6 +22,7 @@ import numpy as np
 from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.evaluate.clustering import fit_kmeans
+from maskae.evaluate.features import to_host
 from maskae.losses.blocked import Computation
 from maskae.losses.neighbourhood import Neighbourhood, neighbourhood_contrast
 from maskae.losses.soft_clusters import cluster_divergence, sharpened_target, student_assignment
@@ -111,7 +112,7 @@ class Scgc:
     def begin(self, variables: Variables, stage: Any) -> Variables:
         """Centres at those of k-means on the codes of all nodes."""
         encode = jax.jit(lambda params, batch: self.autoencoder.encode(params, self.inputs(batch)))
-        codes = np.concatenate([np.asarray(encode(variables.params, batch)) for batch in stage.batches()])
+        codes = np.concatenate([to_host(encode(variables.params, batch)) for batch in stage.batches()])
         if len(codes) < self.clusters:
             raise UserError(f"clusters={self.clusters}, but there are {len(codes)} nodes")
         found = fit_kmeans(codes, self.clusters, restarts=self.restarts, seed=stage.experiment.config.seed)
