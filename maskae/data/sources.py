@@ -12,6 +12,7 @@ import numpy as np
 
 from maskae.data.archive import open_archive
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
+from maskae.data.densities import open_density
 from maskae.data.folder import open_folder
 from maskae.data.graphs import open_graph_set, open_planetoid
 from maskae.data.neighbourhoods import open_neighbourhood, open_node_rows
@@ -227,6 +228,7 @@ def open_table_of_digits(arguments: SourceArguments) -> Source:
 
 
 SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
+    "density": open_density,
     "digits": open_digits,
     "digits_table": open_table_of_digits,
     "table_images": open_table_images,

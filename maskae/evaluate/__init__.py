@@ -26,6 +26,7 @@ from maskae.evaluate.missing_cells import MissingCells
 from maskae.evaluate.multilabel import MultiLabel
 from maskae.evaluate.node_clusters import NodeClusters
 from maskae.evaluate.node_probe import NodeProbeEvaluator
+from maskae.evaluate.score_field import Denoising, ScoreField
 
 __all__ = [
     "EVALUATORS",
@@ -45,6 +46,7 @@ EVALUATORS: dict[str, type] = {
     "accuracy": Accuracy,
     "attentive": Attentive,
     "clustering": Clustering,
+    "denoising": Denoising,
     "few_shot": FewShot,
     "graph_svm": GraphSvm,
     "knn": Knn,
@@ -58,6 +60,7 @@ EVALUATORS: dict[str, type] = {
     "node_probe": NodeProbeEvaluator,
     "rank": Rank,
     "ridge": Ridge,
+    "score_field": ScoreField,
 }
 
 

@@ -15,7 +15,7 @@ from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.graphs import Neighbours, aggregate_neighbours, segment_softmax
 from maskae.nn.layers import LayerNorm, gelu, uniform_fan_in
 
-ACTIVATIONS = ("prelu", "relu", "gelu", "elu", "none")
+ACTIVATIONS = ("prelu", "relu", "gelu", "elu", "tanh", "none")
 NORMS = ("none", "batch", "layer")
 NORM_EPSILON = 1e-5
 PRELU_SLOPE = 0.25
@@ -86,7 +86,13 @@ class Activation(nn.Module):
         if self.kind == "prelu":
             slope = self.param("slope", nn.initializers.constant(PRELU_SLOPE), (1,))
             return jnp.where(x >= 0, x, slope * x)
-        plain: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": jax.nn.relu, "gelu": gelu, "elu": jax.nn.elu, "none": lambda x: x}
+        plain: dict[str, Callable[[jax.Array], jax.Array]] = {
+            "relu": jax.nn.relu,
+            "gelu": gelu,
+            "elu": jax.nn.elu,
+            "tanh": jnp.tanh,
+            "none": lambda x: x,
+        }
         if self.kind not in plain:
             raise UserError(f"unknown activation '{self.kind}'{nearest(self.kind, ACTIVATIONS)}; there are {', '.join(ACTIVATIONS)}")
         return plain[self.kind](x)
