@@ -4,8 +4,8 @@ ACCV 2024): Point-MAE's recipe with a second masked view, a second decoder and t
     python -m maskae.main --config configs/point_cmae.py:tiny --workdir runs/point_cmae_tiny --config.data.root=shared/data
 
 `:tiny`  objects of Kinect scans (mOSD), 256 points each, 300 steps of 32: five minutes on two busy CPU cores. The Chamfer distance falls to
-         0.0144 (predicting every point at its group's centre: 0.0318), the agreement term from about 1 to 0.92, 0.87, 0.86, and the features
-         of a cloud's groups stay apart (deviation 0.45 or more). Seeds 0, 1, 2, same steps, frozen features of 140 objects
+         0.0144 (predicting every point at its group's centre: 0.0318), the agreement term from about 1 to 0.92, 0.87, 0.86, and
+         the features of a cloud's groups stay apart (deviation 0.45 or more). Seeds 0, 1, 2, same steps, frozen features of 140 objects
          of held-out scenes. The label is the scene's category (two of the six hold objects of several shapes), so no accuracy is high:
 
                                           Point-MAE              Point-CMAE             untrained      raw distances
