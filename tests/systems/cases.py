@@ -112,12 +112,14 @@ CASES: dict[str, Case] = {
             "stage.clustering.data.source=neighbourhood:bat:sum2",
             "stage.clustering.model.hidden=(16,16)",
             "stage.clustering.model.scale=4.0",
+            "stage.clustering.optimizer.base_learning_rate=2.56",
             "stage.clustering.evaluate.evaluators={}",
             "stage.clustering.evaluate.every_steps=0",
             "stage.clustering.log.every_steps=1",
         ),
         stages=(10, 10),
         data="graphs_node",
+        overfit=(40, 0.96),  # where the graph links most nodes, their contrast cannot fall far
     ),
     "tip": Case(
         "configs/tip.py:tiny",
