@@ -62,8 +62,8 @@ def test_blocks_and_sparse_weights_give_the_dense_loss_and_gradient(scale):
 def test_no_array_of_all_pairs_is_made():
     nodes, block = 512, 16
     pairs = Neighbourhood(np.arange(nodes), np.arange(nodes), np.ones(nodes, np.float32))  # type: ignore[arg-type]
-    blocks = Computation(block=block)
-    trace = jax.make_jaxpr(jax.grad(lambda z: neighbourhood_contrast(z, pairs, 1.0, computation=blocks)))(np.ones((nodes, WIDTH), np.float32))
+    codes, blocks = np.ones((nodes, WIDTH), np.float32), Computation(block=block)
+    trace = jax.make_jaxpr(jax.grad(lambda z: neighbourhood_contrast(z, pairs, 1.0, computation=blocks)))(codes)
     assert f"{nodes},{nodes}" not in str(trace)
     assert f"{nodes},{block}" in str(trace)
 
