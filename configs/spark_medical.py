@@ -7,8 +7,8 @@ arXiv 2308.06534; SparK: Tian et al., ICLR 2023, arXiv 2301.03580).
 The comparison's other methods are configs/{simclr,moco_v2,byol,swav}.py with the same variants; configs/cnn_finetune.py fine-tunes any of
 them. The evaluator `label_fractions` probes frozen features with 100, 30, 10 and 3 % of the labels.
 
-`:tiny`      organs in the slices of one CT volume (32 classes, 64 pixels), a network of three stages (16, 32, 64), 400 steps of 64.
-`:natural`   the same network on Caltech-101 (96 pixels stored, 64 used).
+`:tiny`      organs in the slices of one CT volume (32 classes, 32 pixels), a network of two stages, 4 x 4 cells of 8 pixels, 400 steps of 64.
+`:natural`   the same network on Caltech-101 at 32 pixels, 600 steps.
 `:base`      the study's recipe: ResNet-50 on the 244,527 slices of LIDC-IDRI, 224 pixels, batch 32, 1600 epochs. A folder of the slices as
              8-bit pictures; `slices:FOLDER` makes them from NIfTI files. 24 PFLOP per epoch.
 `:imagenet`  SparK's own recipe: batch 4096, 1600 epochs; the paper's ResNet-50 reaches 80.6 % fine-tuned (supervised: 79.8 %).
@@ -38,10 +38,10 @@ def data_of(config: ConfigDict, variant: str) -> None:
     data.flip = False
     if variant in ("tiny", "natural"):
         data.source = "organs:ct_volumes/volumes.npz#ct_abdomen" if variant == "tiny" else "archive:caltech101"
-        data.image_size = 64
+        data.image_size = 32
         data.channels = 1 if variant == "tiny" else 3
         data.cache = "ram"
-        data.train_transform = data.val_transform = (("resize_center_crop", {"resize": 64}),)
+        data.train_transform = data.val_transform = (("resize_center_crop", {"resize": 32}),)
     else:
         data.source = "folder:lidc_slices" if variant == "base" else "tfds:imagenet2012"
         data.examples = LIDC_SLICES if variant == "base" else IMAGENET_IMAGES
@@ -53,7 +53,7 @@ def network_of(config: ConfigDict, variant: str) -> dict[str, Any]:
     model: dict[str, Any] = {"image_size": config.data.get_ref("image_size"), "channels": config.data.get_ref("channels")}
     if variant in ("tiny", "natural"):
         statistics = {"mean": (0.42,), "std": (0.19,)} if variant == "tiny" else {"mean": (0.5,), "std": (0.27,)}
-        return model | {"network": "resnet18", "layers": (1, 1, 1), "widths": (16, 32, 64), "dtype": "float32"} | statistics
+        return model | {"network": "resnet18", "layers": (1, 1), "widths": (32, 64), "stem_width": 16} | statistics
     return model | {"network": "resnet50", "dtype": "bfloat16"} | IMAGENET
 
 

@@ -26,7 +26,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.model = study.network_of(config, variant)
     config.model.views = "ct_swav" if variant in ("tiny", "base") else "natural"
     if variant in ("tiny", "natural"):
-        config.model.update({"hidden": 64, "outputs": 32, "prototypes": 64, "small_crops": 2, "small_size": 32, "freeze_prototypes": 40})
+        config.model.update({"hidden": 64, "outputs": 32, "prototypes": 64, "small_crops": 2, "small_size": 16, "freeze_prototypes": 40})
         study.small_run(config, variant)
         return config
     if variant == "base":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,9 @@ def fraction_probe(
             probabilities = np.zeros((len(scored), classes))
             known = np.unique(train_labels[rows])
             if len(known) > 1:
-                with limited_threads(fitted.size):
+                with limited_threads(fitted.size), warnings.catch_warnings():
+                    # scikit-learn takes a few rows of many classes for a regression.
+                    warnings.simplefilter("ignore", UserWarning)
                     model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(fitted[rows], train_labels[rows])
                     probabilities[:, known] = model.predict_proba(scored)
             else:
@@ -123,5 +126,5 @@ class LabelFractions(OverFeatures):
             raise UserError(f"label_fractions.sampler = '{self.sampler}'{nearest(self.sampler, SAMPLERS)}; there are {known}")
 
     def __call__(self, train: Features, val: Features, seed: int = 0) -> dict[str, float]:
-        options = {"fractions": self.fractions, "draws": self.draws, "sampler": self.sampler, "c": self.c, "seed": seed}
-        return self.each_labelled(train, val, partial(fraction_probe, **options))
+        probe = partial(fraction_probe, fractions=self.fractions, draws=self.draws, sampler=self.sampler, c=self.c, seed=seed)
+        return self.each_labelled(train, val, probe)

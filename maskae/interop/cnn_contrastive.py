@@ -21,7 +21,7 @@ from maskae.losses.sinkhorn import sinkhorn
 from maskae.nn.batch_norm import STATISTICS, BatchNorm
 from maskae.nn.heads import cosine_momentum
 from maskae.optim import Optimizer, clip_by_global_norm, make_optimizer
-from maskae.schedules import cosine_between, warmup_cosine, warmup_cosine_inclusive, warmup_cosine_periodic
+from maskae.schedules import cosine_between, warmup_constant, warmup_cosine, warmup_cosine_inclusive, warmup_cosine_periodic
 from maskae.systems.byol import Byol
 from maskae.systems.contract import Params, State
 from maskae.systems.moco_v2 import MocoV2
@@ -152,10 +152,10 @@ def replay_byol(case: Case) -> dict[str, Reproduced]:
     params, state = loaded["online_network"]
     target = {name: loaded["target_network"][0][name] for name in ("encoder", "projector")}
     state["target"] = {"params": target, **{name: loaded["target_network"][1][name] for name in ("encoder", "projector")}}
-    images = [images_of(case, f"byol/img_{i}") for i in (1, 2)]
+    first, second = (images_of(case, f"byol/img_{i}") for i in (1, 2))
 
     def run(params: Params) -> tuple[jax.Array, Any]:
-        compared = system.compare(params, state, *images, target)
+        compared = system.compare(params, state, first, second, target)
         return compared.first + compared.second, compared
 
     (loss, compared), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
@@ -233,7 +233,7 @@ def replay_simclr(case: Case) -> dict[str, Reproduced]:
     """NT-Xent of recorded projections and its gradients with respect to them, through their normalisation."""
     outs = [jnp.asarray(case.inputs[f"simclr/out_{i}"], float) for i in (1, 2)]
     scale = 1 / case.record["config"]["simclr"]["tau"]
-    loss, grads = jax.value_and_grad(lambda pair: nt_xent(*(unit(x) for x in pair), scale))(outs)
+    loss, grads = jax.value_and_grad(lambda pair: nt_xent(unit(pair[0]), unit(pair[1]), scale))(outs)
     found = {"simclr/loss": Reproduced(loss)}
     return found | {f"simclr/grad_out_{i + 1}": Reproduced(grad, GRADIENT) for i, grad in enumerate(grads)}
 
@@ -265,12 +265,12 @@ def replay_optimizers(case: Case) -> dict[str, Reproduced]:
     """Three steps of LAMB with SparK's constants (clip 5 before it) and of LARS with SwAV's."""
 
     def lamb(rate: float) -> Optimizer:
-        return make_optimizer("lamb", schedule=lambda _: rate, b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.04)
+        return make_optimizer("lamb", schedule=warmup_constant(rate, 0), b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.04)
 
     def lars(rate: float) -> Optimizer:
-        return make_optimizer("lars", schedule=lambda _: rate, momentum=0.9, trust=1e-3, weight_decay=1e-6)
+        return make_optimizer("lars", schedule=warmup_constant(rate, 0), momentum=0.9, trust=1e-3, weight_decay=1e-6)
 
-    found = {}
+    found: dict[str, Reproduced] = {}
     for name, make, clip in (("lamb", lamb, 5.0), ("lars", lars, 0.0)):
         if f"{name}/w0" in case.inputs:
             after, norms = steps_of(case, name, make, clip)
@@ -281,7 +281,7 @@ def replay_optimizers(case: Case) -> dict[str, Reproduced]:
 
 def replay_schedules(case: Case) -> dict[str, Reproduced]:
     """Learning rates and weight decay, whose arguments stand in their descriptions."""
-    found = {}
+    found: dict[str, Reproduced] = {}
     for name in ("spark_lr", "spark_wd", "swav_factor", "byol_lr"):
         if f"schedule/{name}" not in case.outputs:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,11 @@ from maskae.systems.spark_medical import SparK
 
 def spark_of(options: dict[str, Any], channels: int) -> SparK:
     """The system with the recorded options of its section."""
-    shared = {"image_size": options["input_size"], "channels": channels, "decoder_width": options["decoder_width"]}
+    shared: dict[str, Any] = {"image_size": options["input_size"], "channels": channels, "decoder_width": options["decoder_width"]}
     shared |= {"mask_ratio": options["mask_ratio"], "densify_norm": {"": "none"}.get(options["densify_norm"], options["densify_norm"])}
     shared |= {"mean": (0.0,), "std": (1.0,), "drop_path": 0.0, "dtype": "float64"}
     if options["encoder"] == "convnext":
-        sizes = {"network": "convnext_tiny", "layers": tuple(options["depths"]), "widths": tuple(options["dims"])}
+        sizes: dict[str, Any] = {"network": "convnext_tiny", "layers": tuple(options["depths"]), "widths": tuple(options["dims"])}
         return SparK(**shared, **sizes, layer_scale=options["layer_scale_init_value"])
     network = "resnet50" if options["block"] == "Bottleneck" else "resnet18"
     sizes = {"network": network, "layers": tuple(options["layers"]), "widths": tuple(options["channels"])}
@@ -100,5 +101,5 @@ def replay(case: Case) -> dict[str, Reproduced]:
         found |= replay_contrastive(case)
     for name, reproduced in found.items():
         if name in case.outputs:
-            found[name] = Reproduced(**(vars(reproduced) | {"value": leading(reproduced.value, case.outputs[name])}))
+            found[name] = dataclasses.replace(reproduced, value=leading(reproduced.value, case.outputs[name]))
     return found
