@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 
 from maskae.errors import UserError, nearest
 from maskae.interop import vit
+from maskae.interop.conv_layout import MCMAE
 from maskae.interop.layout import Flat, Geometry, Layout, LoadReport, from_foreign, to_foreign
 from maskae.interop.point_layout import POINT_LAYOUTS
 from maskae.paths import flatten_paths, unflatten_paths
 
-LAYOUTS: dict[str, Layout] = vit.LAYOUTS | POINT_LAYOUTS
+LAYOUTS: dict[str, Layout] = vit.LAYOUTS | POINT_LAYOUTS | {"mcmae": MCMAE}
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,13 @@ from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
 from maskae.systems.mask_align import MaskAlign
+from maskae.systems.mc_mae import McFineTune, McMae
 from maskae.systems.moco_v2 import MocoV2
+from maskae.systems.mr_mae import MrMae, MrMcMae
 from maskae.systems.point_classifier import PointClassifier
 from maskae.systems.point_cmae import PointCmae
 from maskae.systems.point_mae import PointMae
+from maskae.systems.regularized_ae import RegularizedAe
 from maskae.systems.scgc import Scgc
 from maskae.systems.simclr import SimClr
 from maskae.systems.spark_medical import SparK
@@ -33,10 +36,15 @@ SYSTEMS: dict[str, type] = {
     "mae_finetune": FineTune,
     "mae_probe": LinearProbe,
     "mask_align": MaskAlign,
+    "mc_mae": McMae,
+    "mc_mae_finetune": McFineTune,
     "moco_v2": MocoV2,
+    "mr_mae": MrMae,
+    "mr_mc_mae": MrMcMae,
     "point_classifier": PointClassifier,
     "point_cmae": PointCmae,
     "point_mae": PointMae,
+    "regularized_ae": RegularizedAe,
     "scgc": Scgc,
     "simclr": SimClr,
     "spark_medical": SparK,

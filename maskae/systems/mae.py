@@ -111,15 +111,19 @@ class Mae(ViTArguments):
         `pred` is [B, L, p*p*C], or where masked patches alone are predicted [B, R, p*p*C], of the patches `ids_predicted` int32 [B, R].
         `collect` adds every block's output as `encoder_blocks` and `decoder_blocks`.
         """
-        encode: Any = partial(self.encoder.apply, {"params": params["encoder"]})
         grid = self.grid_of(images)
         mask = random_mask(noise, self.kept(grid))
-        embedded = encode(images, method="embed")  # [B, L, D]
-        x_masked = constrain(take_tokens(embedded, mask.keep_indices), "batch")  # [B, n, D]
-        latent = encode(x_masked, collect=collect, method="encode")  # [B, 1+n, D]
-        named = {"embedded": embedded, "x_masked": x_masked, "latent": latent.tokens}
+        named = self.encode(params["encoder"], images, mask, collect)
         named |= {"mask": mask.mask, "ids_restore": mask.restore, "ids_keep": mask.keep_indices}
-        named |= self._decode(params["decoder"], latent.tokens, mask, grid, collect)
+        return named | self._decode(params["decoder"], named["latent"], mask, grid, collect)
+
+    def encode(self, params: Params, images: jax.Array, mask: Mask, collect: bool = False) -> dict[str, Any]:
+        """Images [B, H, W, C] -> the encoder's output `latent` [B, 1+n, D] on kept patches and what lies before it, by name."""
+        apply: Any = partial(self.encoder.apply, {"params": params})
+        embedded = apply(images, method="embed")  # [B, L, D]
+        x_masked = constrain(take_tokens(embedded, mask.keep_indices), "batch")  # [B, n, D]
+        latent = apply(x_masked, collect=collect, method="encode")  # [B, 1+n, D]
+        named = {"embedded": embedded, "x_masked": x_masked, "latent": latent.tokens}
         return named | ({"encoder_blocks": latent.blocks} if collect else {})
 
     def _decode(self, params: Params, latent: jax.Array, mask: Mask, grid: tuple[int, int], collect: bool) -> dict[str, Any]:
@@ -152,7 +156,10 @@ class Mae(ViTArguments):
 
     def loss_given_noise(self, params: Params, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, float32 scalar, and its metrics, for the masking noise [B, L]."""
-        named = self.forward(params, images, noise)
+        return self.pixel_loss(self.forward(params, images, noise), images)
+
+    def pixel_loss(self, named: dict[str, Any], images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss and its metrics of what `forward` gave for these images."""
         target = self.target(images, named.get("ids_predicted"))
         counted = jnp.ones(target.shape[:2]) if "ids_predicted" in named else named["mask"]
         trivial = masked_mean_squared_error(jnp.zeros_like(target), target, counted)
@@ -171,8 +178,12 @@ class Mae(ViTArguments):
     def reconstruct(self, params: Params, state: State, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """Panels [B, H, W, C] in normalised units; kept patches show their own pixels. See `panel_labels` for what each one is."""
         images = batch["image"].astype(jnp.float32)
+        return self.panels(params, images, self.noise(images, batch["example"], rng))
+
+    def panels(self, params: Params, images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """What `reconstruct` shows, for the masking noise [B, L]."""
         # Panels show every removed patch, also where the loss looks at some of them.
-        named = replace(self, decoder_predict_ratio=1.0).forward(params, images, self.noise(images, batch["example"], rng))
+        named = replace(self, decoder_predict_ratio=1.0).forward(params, images, noise)
         patches, prediction = patchify(images, self.patch_size), named["pred"].astype(jnp.float32)
         if prediction.shape[1] < patches.shape[1]:
             # In raster order; what lands on kept patches is not shown.

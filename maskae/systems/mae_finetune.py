@@ -56,6 +56,11 @@ class FineTune(ViTArguments):
         """The pretrained part, its position table a parameter."""
         return self.vit(trainable_position=True, final_norm=self.pool == "cls", drop_path=self.drop_path)
 
+    @property
+    def droppable(self) -> int:
+        """Blocks that stochastic depth can leave out."""
+        return self.depth
+
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Fresh parameters of encoder and head; the batch is not read. `with_encoder` puts the pretrained encoder in."""
         encoder_key, head_key = jax.random.split(rng)
@@ -92,8 +97,8 @@ class FineTune(ViTArguments):
         """
         draws = None
         if self.drop_path:
-            each = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i), (self.depth, 2)))(batch["example"])
-            draws = each.transpose(1, 2, 0)  # [depth, 2, B]
+            each = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i), (self.droppable, 2)))(batch["example"])
+            draws = each.transpose(1, 2, 0)  # [blocks, 2, B]
         logits = self.forward(params, batch["image"], draws)["logits"]
         if "soft_label" in batch:
             loss = soft_target_cross_entropy(logits, batch["soft_label"])
