@@ -36,8 +36,6 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.model = {
         "image_size": 128,
         "network": "resnet50",
-        "mean": (0.0,),
-        "std": (1.0,),
         "cardinalities": (22, 13, 3, 12),
         "continuous": 13,
         "table_width": 512,
@@ -92,8 +90,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
         "layers": (1, 1),
         "widths": (16, 32),
         "stem": "small",
-        "mean": (0.0,),
-        "std": (1.0,),
         "cardinalities": (2, 3, 3),
         "continuous": 7,
         "table_width": 32,

@@ -220,7 +220,8 @@ def _files(folder: Path, rows: Sequence[dict[str, str]], name: str) -> tuple[lis
     known = members(folder / ARCHIVE, name) if zipped else None
     absent = [file for file in files if (file not in known if known is not None else not (folder / file).is_file())]
     if absent:
-        raise UserError(f"{name}: {len(absent)} files of the table are not in {folder / ARCHIVE if zipped else folder}, such as {absent[0]}")
+        place = folder / ARCHIVE if zipped else folder
+        raise UserError(f"{name}: {len(absent)} files of the table are not in {place}, for example {absent[0]}")
     return files, zipped
 
 

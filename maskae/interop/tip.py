@@ -82,8 +82,6 @@ def system_of(case: Case) -> Tip:
         layers=layers,
         widths=tuple(weights[f"encoder_imaging.layer{i}.0.conv1.weight"].shape[0] for i in stages),
         stem_width=weights["encoder_imaging.conv1.weight"].shape[0],
-        mean=(0.0,),
-        std=(1.0,),
         cardinalities=tuple(built["field_lengths"][: options["num_cat"]]),
         continuous=options["num_con"],
         table_width=options["multimodal_embedding_dim"],
