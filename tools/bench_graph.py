@@ -4,8 +4,8 @@
 
 The plain way multiplies by the decoder's kernel before it sums over neighbours, sums by `segment_sum` over the edges, reconstructs all
 nodes, and leaves the backward pass to autodiff; masks, dropout and the encoder's first products are the same. Loss and gradients of both
-are compared before they are timed. On two CPU cores shared with some twenty processes the plain way took 1.42 times as long, quartiles
-1.40 to 1.64 of five turns; at least 2 is the aim, and a free machine has not been measured.
+are compared before they are timed. On two CPU cores shared with some fifteen processes the plain way took 1.41 times as long (quartiles
+1.33 to 1.42 of nine turns; 1.40 to 1.64 of five in an earlier run). The aim is 2; a free machine has not been measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    times = np.asarray([[seconds(lambda n=name: steps[n](state, batches[n])) for name in steps] for _ in range(options.repeats)])
+    times = np.asarray([[seconds(partial(steps[name], state, batches[name])) for name in steps] for _ in range(options.repeats)])
     for name, column in zip(steps, times.T, strict=True):
         print(f"{name:6s} {np.median(column):.3f} s per step, quartiles {np.percentile(column, 25):.3f} to {np.percentile(column, 75):.3f}")
     ratios = times[:, 1] / times[:, 0]

@@ -215,6 +215,11 @@ class GraphMae:
         pooled = pool_nodes(tokens, batch["node_mask"], self.pool)
         return {"pooled": pooled, "tokens": tokens} | {name: batch[name] for name in CARRIED if name in batch}
 
+    def raw_features(self, batch: Batch) -> dict[str, jax.Array]:
+        """The node features themselves, pooled over each graph: what an encoder must beat."""
+        nodes = jnp.where(batch["node_mask"][..., None], self.inputs(batch).reshape(batch["nodes"].shape), 0)
+        return {"pooled": pool_nodes(nodes, batch["node_mask"], self.pool)}
+
     def forward_flops(self, batch: Batch) -> float:
         """Linear maps over all nodes; the decoder's last one over the masked nodes alone where that gives the same loss."""
         nodes, features = batch["nodes"].shape[1:]
