@@ -41,19 +41,22 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def merge(config: ConfigDict, partial: ConfigDict, prefix: str, replaced: Sequence[str] = (), inside: str = "") -> None:
-    """Sets what `partial` holds in `config`, group by group; the groups `replaced` are taken as a whole, and `model` gains keys.
+    """Sets what `partial` holds in `config`, group by group; the groups `replaced` are taken as a whole, `model` and its groups gain keys.
 
     A duration in one suffix replaces one in another. Raises UserError for a key that `config` does not have.
     """
+    of_model = inside.split(".")[0] == "model"
     for key, value in partial.items():
         path = f"{inside}.{key}" if inside else key
-        if key not in config and inside != "model":
+        if key not in config and not of_model:
             raise UserError(f"{prefix}{path}: no key '{path}'{nearest(path, all_keys(config, f'{inside}.' if inside else ''))}")
         with config.unlocked():
             if isinstance(value, ConfigDict) and path not in replaced:
+                if key not in config:
+                    config[key] = ConfigDict()
                 merge(config[key], value, prefix, replaced, path)
                 continue
-            if inside != "model" and value is not None and is_duration(key):
+            if not of_model and value is not None and is_duration(key):
                 for sibling in siblings(key):
                     if sibling in config:
                         config[sibling] = None
