@@ -13,12 +13,15 @@ import pytest
 
 from maskae import systems, train
 from maskae.config import apply_overrides, check, default_config, load_config, set_duration
+from maskae.data.contract import sample_record
+from maskae.data.sources import CachedSource, LimitedSource
 from maskae.data.spec import DataSpec, Field
 from maskae.errors import UserError
 from maskae.experiment import Experiment, assumed_sources, build
 from maskae.merging import group_of, stage_config
 from maskae.mesh import make_mesh
 from maskae.systems.contract import Outputs, Variables
+from tests.data.test_cache import CountedSource
 from tests.test_train import SMALL
 
 
@@ -205,6 +208,16 @@ def test_training_reads_random_parts_and_evaluation_the_records(points):
     np.testing.assert_array_equal(points.pipeline.batch(0)["points"], batch["points"])
     first = next(points.evaluation_batches("val"))
     np.testing.assert_array_equal(first["points"][:2, 0, 0], [4.5, 5.5])
+
+
+def test_a_limited_and_a_cached_source_give_random_parts_too():
+    for source in (LimitedSource(Points(), 6), LimitedSource(CachedSource(Points(), 1e6), 6)):
+        part = sample_record(source, 1, np.random.default_rng(0))
+        np.testing.assert_array_equal(part["points"], Points().sample(4, np.random.default_rng(0))["points"])
+        assert part["points"].std() > 0.5
+    plain = CachedSource(CountedSource(), 1e6)
+    assert sample_record(LimitedSource(plain, 10), 3, np.random.default_rng(0))["label"] == 6
+    assert list(plain.kept) == [6], "what has no parts is kept"
 
 
 def test_a_group_of_parameters_has_its_own_optimizer(points):

@@ -47,6 +47,12 @@ class Source(Protocol):
         ...
 
 
+def sample_record(source: Source, index: int, generator: np.random.Generator) -> Record:
+    """What training reads of record `index`: a random part of it where the source has parts, else the record. Raises BadRecord."""
+    sample: Callable[[int, np.random.Generator], Record] | None = getattr(source, "sample", None)
+    return source[index] if sample is None else sample(index, generator)
+
+
 @dataclass(frozen=True)
 class SourceArguments:
     """What every kind of source is opened with; `path` is the text after the colon of `name`."""

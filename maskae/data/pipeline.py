@@ -25,7 +25,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from maskae.data.contract import Record, Source
+from maskae.data.contract import Record, Source, sample_record
 from maskae.data.images import Picture
 from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, NO_LABEL, VALID, BadRecord
 from maskae.errors import UserError
@@ -116,7 +116,7 @@ class BatchLoader:
         replacements = None
         for _ in range(REPLACEMENT_ATTEMPTS):
             try:
-                record = self._read(index, first)
+                record = sample_record(self.source, index, generator(self.seed, first, "sample"))
                 if self.views > 1 and IMAGE in record:
                     # Decoded here, whole, and only cropped by the views.
                     record = {**record, IMAGE: Picture(record[IMAGE], self.source.spec.channels).read()}
@@ -128,11 +128,6 @@ class BatchLoader:
                 index = int(replacements.integers(len(self.source)))
         names = ", ".join(self.source.name(i) for i, _ in bad[-EXAMPLES_NAMED:])
         raise UserError(f"{self.source.spec.name}: {REPLACEMENT_ATTEMPTS} broken records in a row, for example {names}")
-
-    def _read(self, index: int, element: int) -> Record:
-        """The record, or a random part of it where the source has parts."""
-        sample = getattr(self.source, "sample", None)
-        return self.source[index] if sample is None else sample(index, generator(self.seed, element, "sample"))
 
 
 def make_row(record: Record, index: int, transform: Transform, draw: np.random.Generator) -> Row:

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from maskae.data.archive import open_archive
-from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, stratified_split
+from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, sample_record, stratified_split
 from maskae.data.densities import open_density
 from maskae.data.folder import open_folder
 from maskae.data.graphs import open_graph_set, open_planetoid
@@ -78,6 +78,10 @@ class LimitedSource:
             raise IndexError(index)
         return self.parent[self._spaced(index)]
 
+    def sample(self, index: int, generator: np.random.Generator) -> Record:
+        """A random part of the parent's record, where it has parts."""
+        return sample_record(self.parent, self._spaced(index), generator)
+
     def name(self, index: int) -> str:
         """The parent's name of the record."""
         return self.parent.name(self._spaced(index))
@@ -118,6 +122,10 @@ class CachedSource:
                     self.kept[index] = record
                     self.used[0] += size
         return dict(record)
+
+    def sample(self, index: int, generator: np.random.Generator) -> Record:
+        """A random part of a record, read anew; the record as it is kept where the parent has no parts."""
+        return sample_record(self.parent, index, generator) if hasattr(self.parent, "sample") else self[index]
 
     def __reduce__(self) -> Any:
         return CachedSource, (self.parent, self.limit)
@@ -299,6 +307,6 @@ def open_source(
     opened = SOURCES[kind](arguments)
     if len(opened) == 0:
         raise UserError(f"{source}: no records in split '{split}' (val_percent is {val_percent})")
-    if max_examples is not None:
-        opened = LimitedSource(opened, max_examples)
-    return CachedSource(opened, cache_gigabytes * 1e9) if cache == "ram" else opened
+    if cache == "ram":
+        opened = CachedSource(opened, cache_gigabytes * 1e9)
+    return opened if max_examples is None else LimitedSource(opened, max_examples)
