@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -44,8 +43,11 @@ def channels_first(x: Any) -> Any:
     return np.asarray(x).transpose(0, 3, 1, 2) if np.ndim(x) == 4 else x
 
 
-def replay_spark(case: Case, section: str, prefix: str) -> dict[str, Reproduced]:
-    """Masks, maps, pixels, losses, moved statistics and gradients of one recorded SparK, whose names begin with `prefix`."""
+def replay_spark(case: Case, section: str, prefix: str, *, whole: bool = True) -> dict[str, Reproduced]:
+    """Masks, maps, pixels, losses, moved statistics and gradients of one recorded SparK, whose names begin with `prefix`.
+
+    `whole` False leaves out gradients and the pass in evaluation mode, which are two thirds of the work.
+    """
     images = jnp.asarray(case.inputs[f"{prefix}image"], float).transpose(0, 2, 3, 1)
     system = spark_of(case.record["config"][section], images.shape[-1])
     layout = spark(case.record["config"][section]["encoder"], prefix)
@@ -53,15 +55,20 @@ def replay_spark(case: Case, section: str, prefix: str) -> dict[str, Reproduced]
     grid = system.grid_of(*images.shape[1:3])
     visible = system.visible(jnp.asarray(case.inputs[f"{prefix}noise"], jnp.float32), grid)
 
-    @partial(jax.jit, static_argnums=1)
     def run(params: Any, train: bool) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
         named, moved = system.forward(Variables(params, variables.state), images, visible, train=train)
         loss, _ = system.reconstruction_loss(named["rec_image"], images, visible)
         return loss, (named | {"loss": loss}, moved)
 
-    (_, (train, moved)), grads = jax.jit(jax.value_and_grad(lambda p: run(p, True), has_aux=True))(variables.params)
+    grads: Any = {}
+    if whole:
+        (_, (train, moved)), grads = jax.jit(jax.value_and_grad(lambda p: run(p, True), has_aux=True))(variables.params)
+    else:
+        _, (train, moved) = jax.jit(lambda p: run(p, True))(variables.params)
     named = {f"{prefix}train/{name}": value for name, value in train.items()}
-    named |= {f"{prefix}eval/{name}": value for name, value in run(variables.params, False)[1][0].items()}
+    if whole:
+        evaluated = jax.jit(lambda p: run(p, False))(variables.params)[1][0]
+        named |= {f"{prefix}eval/{name}": value for name, value in evaluated.items()}
     found = {name: Reproduced(channels_first(value)) for name, value in named.items()}
     found |= {f"{prefix}active": exact(np.asarray(visible)[:, None])} | replay_patches(system, images, train, prefix)
     # The prefix comes before "train/" there and before the layer's name in the weights.
