@@ -48,7 +48,9 @@ class TracedStep:
 def trace_step(experiment: Experiment) -> TracedStep:
     """Counts in the traced loss and gradient of an experiment, per example of the batch."""
     parameters, state = experiment.abstract_state["params"], experiment.abstract_state["state"]
-    batch = {name: jax.ShapeDtypeStruct((TRACED_BATCH, *leaf.shape[1:]), leaf.dtype) for name, leaf in experiment.batch_shapes().items()}
+    # A system of one whole graph per step takes no more than one record; all that it computes is then counted as the batch's.
+    rows = TRACED_BATCH if experiment.config.train.batch_size > 1 else 1
+    batch = {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in experiment.batch_shapes().items()}
     plain = [jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree) for tree in (parameters, state)]
 
     def kept(parameters: Any, state: Any, batch: Any) -> Any:
@@ -60,12 +62,12 @@ def trace_step(experiment: Experiment) -> TracedStep:
         return kept(parameters, state, batch)(jnp.ones(()))
 
     jaxpr = jax.make_jaxpr(gradients)(*plain, batch).jaxpr
-    residuals = [leaf for leaf in jax.tree.leaves(jax.eval_shape(kept, *plain, batch)) if TRACED_BATCH in leaf.shape]
+    residuals = [leaf for leaf in jax.tree.leaves(jax.eval_shape(kept, *plain, batch)) if rows in (1, *leaf.shape)]
     products = count_products(jaxpr)
     return TracedStep(
-        Products(products.flops / TRACED_BATCH, products.bytes / TRACED_BATCH),
-        sum(map(_bytes, residuals)) / TRACED_BATCH,
-        largest_value(jaxpr) / TRACED_BATCH,
+        Products(products.flops / rows, products.bytes / rows),
+        sum(map(_bytes, residuals)) / rows,
+        largest_value(jaxpr, rows) / rows,
     )
 
 
@@ -89,14 +91,17 @@ def count_products(jaxpr: core.Jaxpr) -> Products:
     return total
 
 
-def largest_value(jaxpr: core.Jaxpr) -> float:
-    """Bytes of the largest value with a batch axis inside the loops of a traced program (what scans stack up lies outside)."""
+def largest_value(jaxpr: core.Jaxpr, rows: int = TRACED_BATCH) -> float:
+    """Bytes of the largest value with a batch axis of `rows` inside the loops of a traced program (what scans stack up lies outside).
+
+    With one row every value counts.
+    """
     largest = 0.0
     for equation in jaxpr.eqns:
         bodies = _bodies(equation.params)
         values = [] if equation.primitive.name == "scan" else [value.aval for value in equation.outvars]
-        sizes = [_bytes(value) for value in values if TRACED_BATCH in getattr(value, "shape", ())] if not bodies else []
-        largest = max(largest, *sizes, *map(largest_value, bodies), 0.0)
+        sizes = [_bytes(value) for value in values if rows in (1, *getattr(value, "shape", ()))] if not bodies else []
+        largest = max(largest, *sizes, *(largest_value(body, rows) for body in bodies), 0.0)
     return largest
 
 
