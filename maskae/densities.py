@@ -37,17 +37,20 @@ def _parts(mixture: Mixture, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     return constants + 0.5 * (scores * centred).sum(-1), scores, precisions
 
 
+@jax.jit
 def log_density(mixture: Mixture, x: jax.Array) -> jax.Array:
     """log p of points [..., d] -> [...], in their precision."""
     return jax.nn.logsumexp(_parts(mixture, x)[0], axis=-1)
 
 
+@jax.jit
 def score(mixture: Mixture, x: jax.Array) -> jax.Array:
     """Gradient of log p, [..., d] -> [..., d]."""
     joint, scores, _ = _parts(mixture, x)
     return jnp.einsum("...k,...ki->...i", jax.nn.softmax(joint, axis=-1), scores)
 
 
+@jax.jit
 def hessian(mixture: Mixture, x: jax.Array) -> jax.Array:
     """Second derivatives of log p, [..., d] -> [..., d, d]."""
     joint, scores, precisions = _parts(mixture, x)

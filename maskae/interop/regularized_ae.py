@@ -34,16 +34,17 @@ from maskae.systems.regularized_ae import RegularizedAe
 CLOSED, SOLVED, WALKED = 1e-10, 1e-8, 1e-9  # what the records allow double precision
 QUADRATURE_REACH, QUADRATURE_NODES = 12.0, 4001  # standard deviations of the noise to each side
 # Official name -> path here and whether it is stored transposed.
-NETWORK = {
+Names = dict[str, tuple[tuple[str, ...], bool]]
+NETWORK: Names = {
     "W": (("network", "layer_0", "kernel"), True),
     "b": (("network", "layer_0", "bias"), False),
     "V": (("network", "layer_1", "kernel"), True),
     "c": (("network", "layer_1", "bias"), False),
 }
-TIED = {"W": (("kernel",), True), "b": (("hidden", "bias"), False), "c": (("output", "bias"), False)}
+TIED: Names = {"W": (("kernel",), True), "b": (("hidden", "bias"), False), "c": (("output", "bias"), False)}
 
 
-def names_of(form: str) -> dict[str, tuple[tuple[str, ...], bool]]:
+def names_of(form: str) -> Names:
     """The parameters of one form."""
     return TIED if form == "tied" else NETWORK
 
@@ -78,35 +79,45 @@ def mixture_of(recorded: dict[str, list[float]]) -> Mixture:
 
 def replay_line(case: Case, mixture: Mixture) -> dict[str, Reproduced]:
     """One dimension: density, score and best denoiser at the recorded points."""
-    x = jnp.asarray(case.inputs["x1"])[:, None]
-    found = {"logp": log_density(mixture, x), "score": score(mixture, x)[:, 0], "hessian": hessian(mixture, x)[:, 0, 0]}
-    for number, sigma in enumerate(case.record["config"]["sigmas1"]):
-        wide = widened(mixture, sigma)
-        found[f"logp_sigma{number}"] = log_density(wide, x)
-        found[f"score_sigma{number}"] = score(wide, x)[:, 0]
-        found[f"r_star{number}"] = optimal_denoiser(mixture, sigma)(x)[:, 0]
-        found[f"jac_star{number}"] = optimal_jacobian(mixture, x, sigma)[:, 0, 0]
-    return {f"d1/{name}": Reproduced(value, CLOSED) for name, value in found.items()}
+
+    @jax.jit
+    def compute(x: jax.Array) -> dict[str, jax.Array]:
+        found = {"logp": log_density(mixture, x), "score": score(mixture, x)[:, 0], "hessian": hessian(mixture, x)[:, 0, 0]}
+        for number, sigma in enumerate(case.record["config"]["sigmas1"]):
+            wide = widened(mixture, sigma)
+            found[f"logp_sigma{number}"] = log_density(wide, x)
+            found[f"score_sigma{number}"] = score(wide, x)[:, 0]
+            found[f"r_star{number}"] = optimal_denoiser(mixture, sigma)(x)[:, 0]
+            found[f"jac_star{number}"] = optimal_jacobian(mixture, x, sigma)[:, 0, 0]
+        return found
+
+    return {f"d1/{name}": Reproduced(value, CLOSED) for name, value in compute(case.inputs["x1"][:, None]).items()}
 
 
 def replay_space(case: Case) -> dict[str, Reproduced]:
     """Several dimensions with full covariances, and a single Gaussian's affine optimum."""
     mixture = Mixture(*(case.inputs[f"mixd/{name}"] for name in ("weights", "means", "covariances")))
-    x = jnp.asarray(case.inputs["xd"])
-    found = {"dd/logp": log_density(mixture, x), "dd/score": score(mixture, x), "dd/hessian": hessian(mixture, x)}
-    for number, sigma in enumerate(case.record["config"]["sigmas_d"]):
-        found[f"dd/score_sigma{number}"] = score(widened(mixture, sigma), x)
-        found[f"dd/r_star{number}"] = optimal_denoiser(mixture, sigma)(x)
-        found[f"dd/jac_star{number}"] = optimal_jacobian(mixture, x, sigma)
-        found[f"gauss/A{number}"] = affine_optimum(case.inputs["gauss/covariance"], sigma**2)
-    return {name: Reproduced(value, CLOSED) for name, value in found.items()}
+    sigmas = case.record["config"]["sigmas_d"]
+
+    @jax.jit
+    def compute(x: jax.Array) -> dict[str, jax.Array]:
+        found = {"logp": log_density(mixture, x), "score": score(mixture, x), "hessian": hessian(mixture, x)}
+        for number, sigma in enumerate(sigmas):
+            found[f"score_sigma{number}"] = score(widened(mixture, sigma), x)
+            found[f"r_star{number}"] = optimal_denoiser(mixture, sigma)(x)
+            found[f"jac_star{number}"] = optimal_jacobian(mixture, x, sigma)
+        return found
+
+    found = {f"dd/{name}": Reproduced(value, CLOSED) for name, value in compute(case.inputs["xd"]).items()}
+    slopes = [affine_optimum(case.inputs["gauss/covariance"], sigma**2) for sigma in sigmas]
+    return found | {f"gauss/A{number}": Reproduced(slope, CLOSED) for number, slope in enumerate(slopes)}
 
 
 def mean_of_clean(mixture: Mixture, x: np.ndarray, sigma: float) -> np.ndarray:
     """E[clean point | noisy point x] in one dimension, [N], by quadrature over the noise: theorem 1's integral form."""
     noise = np.linspace(-QUADRATURE_REACH, QUADRATURE_REACH, QUADRATURE_NODES) * sigma
     clean = x[:, None] - noise  # [N, nodes]
-    weights = np.exp(log_density(mixture, jnp.asarray(clean)[..., None]) - 0.5 * np.square(noise / sigma))
+    weights = np.exp(np.asarray(log_density(mixture, jnp.asarray(clean)[..., None])) - 0.5 * np.square(noise / sigma))
     return (weights * clean).sum(1) / weights.sum(1)
 
 
@@ -116,16 +127,17 @@ def replay_grid(case: Case, mixture: Mixture) -> dict[str, Reproduced]:
     low, high, count = options["grid"]
     grid = np.linspace(low, high, int(count))
     points = jnp.asarray(grid)[:, None]
-    density = np.exp(log_density(mixture, points))
-    between = np.exp(log_density(mixture, jnp.asarray((grid[1:] + grid[:-1]) / 2)[:, None]))
-    slope, bend = score(mixture, points)[:, 0], hessian(mixture, points)[:, 0, 0]
+    middles = jnp.asarray((grid[1:] + grid[:-1]) / 2)[:, None]
+    density, between = (np.exp(np.asarray(log_density(mixture, where))) for where in (points, middles))
+    slope, bend = np.asarray(score(mixture, points))[:, 0], np.asarray(hessian(mixture, points))[:, 0, 0]
     every = round((count - 1) / (len(case.outputs["rcae/x"]) - 1))
-    found, errors = {"rcae/x": Reproduced(grid[::every], CLOSED)}, {"dae": [], "rcae": []}
+    found = {"rcae/x": Reproduced(grid[::every], CLOSED)}
+    errors: dict[str, list[list[float]]] = {"dae": [], "rcae": []}
     for number, sigma in enumerate(options["sigmas1"]):
         solved = contractive_optimum(grid, density, between, sigma**2)
         found[f"rcae/r{number}"] = Reproduced(solved[::every], SOLVED)
-        best = optimal_denoiser(mixture, sigma)(points)[:, 0]
-        slopes = {"dae": optimal_jacobian(mixture, points, sigma)[:, 0, 0], "rcae": np.gradient(solved, grid)}
+        best = np.asarray(optimal_denoiser(mixture, sigma)(points))[:, 0]
+        slopes = {"dae": np.asarray(optimal_jacobian(mixture, points, sigma))[:, 0, 0], "rcae": np.gradient(solved, grid)}
         for name, r in (("dae", best), ("rcae", solved)):
             pairs = ((r - grid) / sigma**2 - slope, (slopes[name] - 1) / sigma**2 - bend)
             errors[name].append([root_mean_square(error, density) for error in pairs])
@@ -146,13 +158,18 @@ def replay_lines_and_walks(case: Case, mixture: Mixture) -> dict[str, Reproduced
     path, walk = case.record["config"]["path"], case.record["config"]["mh"]
     start, end = (jnp.asarray(side)[:, None] for side in np.asarray(path["pairs"], np.float64).T)
     field = recorded_field(mixture, path["sigma"])
-    columns = [line_integral(field, start, end, points) for points in path["n"]]
-    columns += [log_density(each, end) - log_density(each, start) for each in (widened(mixture, path["sigma"]), mixture)]
+    exact_ones = (widened(mixture, path["sigma"]), mixture)
+
+    @jax.jit
+    def differences(start: jax.Array, end: jax.Array) -> jax.Array:
+        columns = [line_integral(field, start, end, points) for points in path["n"]]
+        return jnp.stack(columns + [log_density(each, end) - log_density(each, start) for each in exact_ones], 1)
+
     ratio = path_ratio(recorded_field(mixture, walk["sigma"]), walk["n"])
     draws = [jnp.asarray(case.inputs[f"mh/{name}"]) for name in ("start", "normal", "uniform")]
     chain = jax.jit(lambda start, normal, uniform: metropolis(ratio, start[:, None], normal[..., None], uniform, walk["eta"]))(*draws)
     return {
-        "path/values": Reproduced(np.stack(columns, 1), CLOSED),
+        "path/values": Reproduced(differences(start, end), CLOSED),
         "mh/state": Reproduced(chain.states[..., 0], WALKED),
         "mh/accept": exact(chain.accepted.astype(jnp.int32)),
     }
@@ -165,29 +182,35 @@ def replay_network(case: Case, form: str) -> dict[str, Reproduced]:
     params = load_params({name.removeprefix("net/"): value for name, value in case.weights.items()}, form)
     x, eps, probes = (jnp.asarray(case.inputs[f"net/{name}"]) for name in ("x", "eps", "probes"))
 
+
     def denoising(params: Params) -> jax.Array:
         return denoising_error(lambda rows: system.reconstruct_vectors(params, rows), x, options["sigma"] * eps).mean()
 
     def contractive(params: Params) -> jax.Array:
         return contractive_error(lambda rows: system.reconstruct_vectors(params, rows), x, options["lam"]).mean()
 
-    def reconstruct(rows: jax.Array) -> jax.Array:
-        return system.reconstruct_vectors(params, rows)
+    @jax.jit
+    def compute(params: Params) -> tuple[dict[str, jax.Array], dict[str, Params]]:
+        def reconstruct(rows: jax.Array) -> jax.Array:
+            return system.reconstruct_vectors(params, rows)
 
-    found = {
-        "r": reconstruct(x),
-        "jacobian": jacobian(reconstruct, x),
-        "loss_dae": denoising(params)[None],
-        "loss_rcae": contractive(params)[None],
-        "jac_norm_hutchinson": estimated_jacobian_norm(reconstruct, x, probes).mean()[None],
-        "jac_norm": jacobian_norm(reconstruct, x).mean()[None],
-    }
-    if form == "tied":
-        found["energy"] = system.energy(params, x)
+        (dae, dae_slope), (rcae, rcae_slope) = (jax.value_and_grad(objective)(params) for objective in (denoising, contractive))
+        found = {
+            "r": reconstruct(x),
+            "jacobian": jacobian(reconstruct, x),
+            "loss_dae": dae[None],
+            "loss_rcae": rcae[None],
+            "jac_norm_hutchinson": estimated_jacobian_norm(reconstruct, x, probes).mean()[None],
+            "jac_norm": jacobian_norm(reconstruct, x).mean()[None],
+        }
+        if form == "tied":
+            found["energy"] = system.energy(params, x)
+        return found, {"dae": dae_slope, "rcae": rcae_slope}
+
+    found, slopes = compute(params)
     named = {f"net/{form}/{name}": Reproduced(value, CLOSED) for name, value in found.items()}
-    for kind, objective in (("dae", denoising), ("rcae", contractive)):
-        gradient = official_names(jax.grad(objective)(params), form)
-        named |= {f"grad_{kind}/net/{form}/{name}": Reproduced(value, CLOSED) for name, value in gradient.items()}
+    for kind, slope in slopes.items():
+        named |= {f"grad_{kind}/net/{form}/{name}": Reproduced(value, CLOSED) for name, value in official_names(slope, form).items()}
     return named
 
 

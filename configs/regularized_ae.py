@@ -1,0 +1,84 @@
+"""Regularised autoencoders, "What Regularized Auto-Encoders Learn from the Data-Generating Distribution" (Alain and Bengio, JMLR 2014).
+
+    python -m maskae.main --config configs/regularized_ae.py:tiny --workdir runs/rae_tiny
+    python -m maskae.main --config configs/regularized_ae.py:base --workdir runs/rae_base
+
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from maskae.config import default_config, set_duration, use_digits
+
+VARIANTS = ("tiny", "base", "gaussian", "mixture", "curve")
+STEPS = 20_000
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    """Digits for `tiny`, the paper's spiral for `base`, and other densities with a closed form."""
+    config = default_config()
+    config.system = "regularized_ae"
+    config.optimizer.name = "adam"
+    set_duration(config.optimizer, warmup_percent=0.0)
+    if variant == "tiny":
+        return digits(config)
+    if variant == "mixture":
+        # Trained as the known measurement was: fresh batches, no annealing.
+        density(config, "mixture", 1, sigma=0.2, sigma_start=0.0, hidden=(64, 64), form="residual", proposal=1.0)
+        return train(config, batch_size=2048, steps=3000, rate=3e-3)
+    if variant == "gaussian":
+        density(config, "gaussian", 2, sigma=0.5, sigma_start=1.0, proposal=1.2)
+        return train(config, batch_size=512, steps=5000, rate=1e-3)
+    if variant == "curve":
+        density(config, "curve", 10, sigma=0.1, sigma_start=1.0, proposal=0.08)
+        return train(config, batch_size=512, steps=STEPS, rate=1e-3)
+    density(config, "spiral", 2, sigma=0.1, sigma_start=1.0, proposal=0.15)
+    return train(config, batch_size=512, steps=STEPS, rate=1e-3)
+
+
+def train(config: ConfigDict, *, batch_size: int, steps: int, rate: float) -> ConfigDict:
+    """Adam with a cosine to 0, for so many steps; where the noise is annealed, it is in their first half."""
+    config.train.batch_size = batch_size
+    set_duration(config.train, total_steps=steps)
+    config.model.anneal_steps = steps // 2 if config.model.sigma_start else 0
+    # base_learning_rate is at a batch of 256.
+    config.optimizer.base_learning_rate = rate * 256 / batch_size
+    return config
+
+
+def model(**given: Any) -> dict[str, Any]:
+    """The system's arguments, one wide layer unless given."""
+    return {
+        "hidden": (1000,),
+        "form": "plain",
+        "criterion": "denoising",
+        "activation": "tanh",
+        "contraction": 0.0,
+        "probes": 0,
+        "path_points": 20,
+        "chains": 256,
+        "chain_steps": 500,
+        **given,
+    }
+
+
+def density(config: ConfigDict, name: str, dimensions: int, **given: Any) -> None:
+    """Points of a density with a closed form, to compare the estimated score with."""
+    config.data.update({"source": f"density:{name}", "channels": 0, "train_transform": (), "val_transform": (), "flip": False})
+    config.data.val_percent = 20.0
+    config.data.examples = 8000
+    config.data.fields = {"x": f"float32[{dimensions}]"}
+    config.model = model(field="x", **given)
+    config.evaluate.evaluators = {"score_field": {"density": name, "sigma": given["sigma"]}, "denoising": {}}
+
+
+def digits(config: ConfigDict) -> ConfigDict:
+    """8x8 digits as 64 numbers in 0..1."""
+    use_digits(config)
+    config.data.statistics = "unit"
+    config.model = model(field="image", hidden=(512,), sigma=0.1, sigma_start=0.5, proposal=0.04)
+    config.evaluate.evaluators = {"denoising": {}, "knn": {}}
+    return train(config, batch_size=128, steps=3000, rate=1e-3)
