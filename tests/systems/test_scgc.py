@@ -18,6 +18,9 @@ from maskae.interop.case import Case
 from maskae.interop.parity import compare_case
 from maskae.losses.neighbourhood import Neighbourhood
 from maskae.merging import stage_config
+from maskae.planning.chips import parse_topology
+from maskae.planning.plan import planned_experiment
+from maskae.planning.tracing import trace_step
 from maskae.systems.autoencoder import Autoencoder
 from maskae.systems.contract import Params, System, Variables
 from maskae.systems.scgc import NEIGHBOURS, Scgc, among
@@ -163,6 +166,16 @@ def test_flops_by_formula_are_those_of_the_trace(system):
     whole = dataclasses.replace(system, block=NODES)
     trace = jax.make_jaxpr(lambda p: whole.loss(p, {}, BATCH, KEY, jnp.int32(0))[0])(params)
     assert dot_flops(trace.jaxpr) == pytest.approx(system.forward_flops(BATCH), rel=0.05)
+
+
+def test_a_whole_graph_is_planned_as_one_record():
+    config = stage_config(load_config("configs/scgc.py:tiny"), "clustering")
+    traced = trace_step(planned_experiment(config, parse_topology("h100:8")))
+    system, width = Scgc(**config.model.to_dict()), 4057 * 334 * 4
+    flops = system.forward_flops({"nodes": jax.ShapeDtypeStruct((1, 4057, 334), jnp.float32)})
+    # The gradient needs no product for the input, and makes every block of similarities twice.
+    assert 2.5 * flops < traced.products.flops < 4.5 * flops
+    assert traced.kept > width
 
 
 @pytest.mark.parametrize(
