@@ -76,6 +76,21 @@ def warmup_cosine_inclusive(peak: float, minimum: float, warmup_steps: float, to
     return schedule
 
 
+def warmup_cosine_twice(peak: float, minimum: float, warmup_steps: float, total_steps: float) -> Schedule:
+    """VideoMAE's (released code): `warmup_cosine`, but the line reaches `peak` at the last warm-up step, and the cosine starts there again.
+
+    The warm-up is rounded to whole steps.
+    """
+    warmup = round(warmup_steps)
+    after = warmup_cosine(peak, minimum, warmup, total_steps)
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        return jnp.where(step < warmup, peak * step / max(warmup - 1, 1), after(step))
+
+    return schedule
+
+
 def warmup_cosine_periodic(peak: float, warmup_steps: int, period: float) -> Schedule:
     """Lightning-Bolts' schedule, whose step is one EPOCH in the CT study's BYOL: it falls to 0 at `period` and rises again after it.
 
@@ -148,7 +163,7 @@ def unfreeze(peak: float, frozen_steps: float) -> Schedule:
     return schedule
 
 
-SCHEDULES = ("cosine", "cosine_inclusive", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze")
+SCHEDULES = ("cosine", "cosine_inclusive", "cosine_twice", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze")
 
 
 def make_schedule(
@@ -179,6 +194,8 @@ def make_schedule(
         return unshifted_cosine(peak, minimum, warmup_steps, total_steps)
     if name == "cosine_inclusive":
         return warmup_cosine_inclusive(peak, minimum, warmup_steps, total_steps)
+    if name == "cosine_twice":
+        return warmup_cosine_twice(peak, minimum, warmup_steps, total_steps)
     if name == "linear":
         return warmup_linear(peak, minimum, warmup_steps, total_steps)
     if name == "rsqrt":

@@ -23,6 +23,16 @@ def normalise_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     return (patches.astype(jnp.float32) - mean) / deviation
 
 
+def standardise(values: jax.Array, axis: int = -1, epsilon: float = 1e-6) -> jax.Array:
+    """Values less their mean over `axis`, over their unbiased standard deviation + epsilon; float32.
+
+    VideoMAE's and AudioMAE's target: epsilon stands OUTSIDE the root, unlike in `normalise_patches`.
+    """
+    values = values.astype(jnp.float32)
+    centred = values - values.mean(axis, keepdims=True)
+    return centred / (jnp.sqrt(jnp.square(centred).sum(axis, keepdims=True) / (values.shape[axis] - 1)) + epsilon)
+
+
 def masked_mean_squared_error(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """Squared error averaged over a patch's values, then over the removed patches of the whole batch; float32 scalar.
 

@@ -232,7 +232,8 @@ class HeadsProjection(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from one set of tokens, keys and values from another, by three maps `query`, `key`, `value`, and back by `out`.
 
-    `qkv_bias` is that of all three maps, or of the queries' alone where `key_value_bias` is given.
+    `qkv_bias` is that of all three maps, or of the queries' alone where `key_value_bias` is given; `key_bias` that of the keys alone.
+    `key_value_init` draws the kernels of keys and values where it differs from `kernel_init`.
     """
 
     heads: int
@@ -242,6 +243,8 @@ class CrossAttention(nn.Module):
     dtype: Dtype = jnp.float32
     soft_cap: float | None = None
     key_value_bias: bool | None = None
+    key_bias: bool | None = None
+    key_value_init: Initializer | None = None
 
     @nn.compact
     def __call__(
@@ -256,8 +259,11 @@ class CrossAttention(nn.Module):
             raise UserError(f"{self.heads} heads do not divide a width of {width}")
         parts = []
         beside = self.qkv_bias if self.key_value_bias is None else self.key_value_bias
-        for name, tokens, bias in (("query", x, self.qkv_bias), ("key", seen, beside), ("value", seen, beside)):
-            projection = HeadsProjection(self.heads, width // self.heads, bias, self.kernel_init, self.dtype, name=name)
+        of_key = beside if self.key_bias is None else self.key_bias
+        seen_init = self.key_value_init or self.kernel_init
+        maps = (("query", x, self.qkv_bias, self.kernel_init), ("key", seen, of_key, seen_init), ("value", seen, beside, seen_init))
+        for name, tokens, bias, kernel_init in maps:
+            projection = HeadsProjection(self.heads, width // self.heads, bias, kernel_init, self.dtype, name=name)
             parts.append(projection(tokens))
         options: dict[str, Any] = {"soft_cap": self.soft_cap, "implementation": self.implementation}
         mixed = attend(*parts, bias=attention_bias, context=context, **options)

@@ -32,3 +32,31 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int], patch_size: int) -> ja
     x = patches.reshape(batch, rows, columns, patch_size, patch_size, channels)
     x = jnp.transpose(x, (0, 1, 3, 2, 4, 5))  # [B, rows, p, columns, p, C]
     return x.reshape(batch, rows * patch_size, columns * patch_size, channels)  # [B, H, W, C]
+
+
+def tubelets(video: jax.Array, patch_size: int, frames: int) -> jax.Array:
+    """[B, T, H, W, C] -> [B, N, frames*p*p*C]: boxes of `frames` frames, time first, then raster order, values ordered (frame, row, column,
+    channel). Raises UserError where they do not tile the video.
+    """
+    batch, length, height, width, channels = video.shape
+    if length % frames:
+        raise UserError(f"tubelets of {frames} frames do not tile a video of {length}")
+    rows, columns = patch_grid(height, width, patch_size)
+    x = video.reshape(batch, length // frames, frames, rows, patch_size, columns, patch_size, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)  # [B, T/frames, rows, columns, frames, p, p, C]
+    return x.reshape(batch, -1, frames * patch_size**2 * channels)  # [B, N, frames*p*p*C]
+
+
+def untubelet(values: jax.Array, grid: tuple[int, int, int], patch_size: int, frames: int) -> jax.Array:
+    """[B, N, frames*p*p*C] -> [B, T, H, W, C], the inverse of `tubelets` on a grid of (time, rows, columns)."""
+    slots, rows, columns = grid
+    x = values.reshape(len(values), slots, rows, columns, frames, patch_size, patch_size, -1)
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [B, T/frames, frames, rows, p, columns, p, C]
+    return x.reshape(len(values), slots * frames, rows * patch_size, columns * patch_size, -1)  # [B, T, H, W, C]
+
+
+def frames_to_channels(video: jax.Array, frames: int) -> jax.Array:
+    """[B, T, H, W, C] -> [B*T/frames, H, W, frames*C]: a patch embedding of these images is one of tubelets."""
+    batch, length, height, width, channels = video.shape
+    x = video.reshape(batch, length // frames, frames, height, width, channels)
+    return x.transpose(0, 1, 3, 4, 2, 5).reshape(batch * length // frames, height, width, frames * channels)

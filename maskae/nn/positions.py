@@ -19,6 +19,16 @@ def sincos_1d(width: int, coordinates: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [N, width]
 
 
+def sinusoid(width: int, length: int) -> np.ndarray:
+    """The table of Vaswani et al. 2017 over token indices i: sines in even channels j, cosines in odd, of i / 10000^(2 floor(j/2) / width).
+
+    float32 [length, width], computed in float64.
+    """
+    channel = np.arange(width)
+    angles = np.arange(length, dtype=np.float64)[:, None] / 10000.0 ** (2 * (channel // 2) / width)  # [length, width]
+    return np.where(channel % 2 == 0, np.sin(angles), np.cos(angles)).astype(np.float32)
+
+
 def sincos_2d(width: int, grid: tuple[int, int], cls_token: bool = True) -> np.ndarray:
     """The fixed table of MAE (He et al. 2022, released code) for a grid of (rows, columns) patches in raster order.
 
