@@ -101,6 +101,10 @@ CASES: dict[str, Case] = {
         (*SMALL_POINTS, "model.decoder_depth=1", "model.decoder_heads=2"),
         data="mosd_rgbd_clouds",
     ),
+    "regularized_ae": Case(
+        "configs/regularized_ae.py:tiny",
+        ("model.hidden=(32,)", "model.sigma_start=0.0", "model.path_points=4", "train.batch_size=16", "optimizer.base_learning_rate=0.08"),
+    ),
     "scgc": Case(
         "configs/scgc.py:tiny",
         (
