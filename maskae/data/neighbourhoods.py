@@ -5,7 +5,8 @@
 float32 [P]. They are those of the walk's second step (`power2`), or of its first three together (`sum3`). A set that comes without a graph
 gets that of each node's nearest others: `neighbourhood:usps:power4:heat3`.
 
-Nobody is held out in these sets: both splits are all nodes, and labels only score.
+A set is a file `graphs_node/<name>.npz` under the data root (`maskae.data.graph_files.read_node_npz`); the citation networks are also read
+as published. Nobody is held out in these sets: both splits are all nodes, and labels only score.
 """
 
 from __future__ import annotations

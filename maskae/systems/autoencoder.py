@@ -6,6 +6,7 @@ ReLU, a linear code and a linear output), and with `noise` a denoising autoencod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +110,6 @@ class Autoencoder:
 
     def forward_flops(self, batch: Batch) -> float:
         """All linear maps, per record."""
-        shape = batch[self.field].shape
-        features = 1
-        for size in shape[1:]:
-            features *= size
+        features = math.prod(batch[self.field].shape[1:])
         widths = self.widths(features)
         return mlp_flops(1, features, widths["encoder"]) + mlp_flops(1, self.latent, widths["decoder"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskae.config import load_config
+from maskae.config import load_config, load_module
 from maskae.errors import UserError
 from maskae.interop.case import Case
 from maskae.interop.parity import compare_case
 from maskae.losses.neighbourhood import Neighbourhood
 from maskae.merging import stage_config
+from maskae.mesh import make_mesh
 from maskae.planning.chips import parse_topology
 from maskae.planning.plan import planned_experiment
 from maskae.planning.tracing import trace_step
@@ -102,6 +104,16 @@ def test_permuting_nodes_permutes_assignments_and_a_new_node_moves_none(params):
     np.testing.assert_allclose(features(params, more)["tokens"][:, :NODES], found["tokens"], rtol=1e-5, atol=1e-6)
 
 
+def test_nodes_split_over_devices_give_the_same(params):
+    loss, _, gradient = loss_of(FULL, params)
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        spread, _, gradients = loss_of(dataclasses.replace(FULL, restarts=1), params)  # another instance: compiled anew
+        assert jax.jit(FULL.inputs)(BATCH).sharding.shard_shape((NODES, FEATURES)) == (NODES // 8, FEATURES)
+    assert spread == pytest.approx(loss, rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, gradients)
+
+
 def test_sampled_nodes_keep_the_weights_among_them(params):
     chosen = np.asarray([7, 2, 19, 4])
     dense = np.zeros((NODES, NODES), np.float32)
@@ -146,6 +158,16 @@ def test_noise_corrupts_the_input_and_not_the_target():
     assert jax.eval_shape(clean.features, params, state, batch)["pooled"].shape == (6, 2)
     with pytest.raises(UserError, match="no field 'nodes'"):
         Autoencoder((8,), 2).init(KEY, batch)
+
+
+def test_every_recipe_is_a_whole_config():
+    for variant in load_module(Path("configs/scgc.py")).VARIANTS:
+        config = load_config(f"configs/scgc.py:{variant}")
+        first, second = (stage_config(config, name) for name in config.stages)
+        name = first.data.source.partition(":")[2]
+        assert second.data.source.startswith(f"neighbourhood:{name}:{'power' if second.model.decode else 'sum'}")
+        assert first.data.fields.nodes.partition("[")[2] == second.data.fields.nodes.partition(",")[2]
+        assert second.optimizer.base_learning_rate / 256 == (1e-4 if name == "citeseer" else 1e-3)
 
 
 def test_flops_and_parameters_of_the_paper():
