@@ -24,6 +24,7 @@ from maskae.systems.simclr import SimClr
 from maskae.systems.spark_medical import SparK
 from maskae.systems.swav import Swav
 from maskae.systems.tip import Tip
+from maskae.systems.tip_classifier import TipClassifier
 
 SYSTEMS: dict[str, type] = {
     "autoencoder": Autoencoder,
@@ -50,4 +51,5 @@ SYSTEMS: dict[str, type] = {
     "spark_medical": SparK,
     "swav": Swav,
     "tip": Tip,
+    "tip_classifier": TipClassifier,
 }

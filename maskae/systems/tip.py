@@ -65,6 +65,12 @@ def rows_of(batch: Batch) -> Rows:
     return Rows(batch[TABLE].astype(jnp.float32), batch[MISSING].astype(bool))
 
 
+def corrupted_rows(rows: Rows, marginals: jax.Array, draws: Draws) -> jax.Array:
+    """Rows [B, N] with the drawn cells replaced by values of `marginals` [R, N]; a missing cell stays what it is."""
+    replacement = jnp.take_along_axis(marginals, draws.rows, 0)  # [B, N]
+    return jnp.where(draws.corrupted & ~rows.missing, replacement, rows.table)
+
+
 @dataclass(frozen=True)
 class Tip(TipArguments):
     """The method; see `TipArguments` for its arguments. Variables: see its `init`."""
@@ -103,7 +109,7 @@ class Tip(TipArguments):
     def view(self, batch: Batch, rng: jax.Array) -> jax.Array:
         """The image that a step sees, as the network wants it: a view, or with the rest of the probability the image as it is."""
         images, example = batch["image"].astype(jnp.float32), batch["example"]
-        viewed = view_called(self.views)(images, example, purpose_key(rng, "view"), self._pixels[0])
+        viewed = view_called(self.views)(images, example, purpose_key(rng, "view"), self._pixels[0], self.crop)
         if images.shape[1:3] != viewed.shape[1:3]:
             images = jax.image.resize(images, viewed.shape, "linear")
         kept = augmentations.chosen(example, purpose_key(rng, "keep"), self.view_probability)
@@ -123,8 +129,7 @@ class Tip(TipArguments):
         hidden cells.
         """
         pyramid, moved = self.encode(params["encoder"], state["encoder"], images, train=True)
-        replacement = jnp.take_along_axis(state["marginals"], draws.rows, 0)  # [B, N]
-        corrupted = jnp.where(draws.corrupted & ~rows.missing, replacement, rows.table)
+        corrupted = corrupted_rows(rows, state["marginals"], draws)
         compared = self.part("table", params, corrupted, rows.missing).tokens  # [B, 1+N, D]
         image = unit(self.part("image_projector", params, pyramid.pooled))  # [B, projection]
         row = unit(self.part("table_projector", params, compared[:, 0]))  # [B, projection]
@@ -181,20 +186,25 @@ class Tip(TipArguments):
         """Of the whole image and the row, with running statistics; all float32.
 
         `pooled` [B, D] is the fused class token and `tokens` [B, 1+N, D] are all fused ones; `image` [B, C] and `row` [B, D] are what each
-        side gives alone, `image_embedding` and `row_embedding` what is compared; `missing_<percent>` [B, D] is `pooled` with so large a
-        share of the cells of each row removed besides (see `removed`).
+        side gives alone, `joined` [B, C+2D] all three, `image_embedding` and `row_embedding` what is compared; `missing_<percent>` [B, D]
+        is `pooled` with so large a share of the cells of each row removed besides (see `removed`).
         """
         rows = rows_of(batch)
         pyramid, _ = self.encode(params["encoder"], state["encoder"], self.normalised(batch["image"]), train=False)
         seen = self.part("fusion", params, pyramid.maps[-1], method="see")
         alone, tokens = self.fused(params, seen, rows)
         found = {"pooled": tokens[:, 0], "tokens": tokens, "image": pyramid.pooled, "row": alone[:, 0]}
-        found |= {"image_embedding": unit(self.part("image_projector", params, pyramid.pooled))}
-        found |= {"row_embedding": unit(self.part("table_projector", params, alone[:, 0]))}
+        found["joined"] = jnp.concatenate([found[name].astype(jnp.float32) for name in ("image", "row", "pooled")], 1)
+        found |= self.embeddings(params, found)
         for share in self.missing_shares:
             fewer = rows._replace(missing=rows.missing | self.removed(batch["index"], share))
             found[f"missing_{round(100 * share)}"] = self.fused(params, seen, fewer)[1][:, 0]
         return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+    def embeddings(self, params: Params, features: dict[str, Any]) -> dict[str, jax.Array]:
+        """`image_embedding` and `row_embedding` [B, projection], of length 1, from the features of each side."""
+        sides = {"image": "image_projector", "row": "table_projector"}
+        return {f"{side}_embedding": unit(self.part(name, params, features[side])) for side, name in sides.items()}
 
     def removed(self, index: jax.Array, share: float) -> jax.Array:
         """bool [B, N]: int(share * N) cells of each record, the same at every evaluation; a larger share removes these and more."""

@@ -42,6 +42,7 @@ class TipArguments(CnnArguments):
         softmax: of a categorical cell: "joint" over the values of all columns (released), "column" over its column's.
         marginal_rows: how many values of each column are kept to draw replacements from.
         views: recipe of the image's view, one of `maskae.nn.views.VIEWS`, with `view_probability`; else the image as it is.
+        crop: share of the area that the view takes, in place of the recipe's.
         missing_shares: `features` also gives the fused class token with so large a share of each row's cells removed.
 
     Raises:
@@ -69,6 +70,7 @@ class TipArguments(CnnArguments):
     marginal_rows: int = 1024
     views: str = "cars"
     view_probability: float = 0.95
+    crop: tuple[float, float] | None = None
     missing_shares: tuple[float, ...] = ()
 
     # The losses compare examples, and batch statistics couple them.
@@ -173,10 +175,12 @@ class TipArguments(CnnArguments):
 
     def forward_flops(self, batch: Batch) -> float:
         """The image encoder once, the encoder of rows twice, the fusion four times; 6.0 GFLOP for cars at 128 pixels."""
-        size = self._pixels
-        reduction = self.backbone.reductions[-1]
-        seen = -(-size[0] // reduction) * -(-size[1] // reduction)
         heads = sum(head.flops(inputs) * (3 if name == "matching" else 1) for name, (head, inputs) in self.heads_by_name.items())
-        rows = self.table_encoder.flops() * 2 + self.fusion.flops(1 + self.columns.count, seen) * 4
-        rows += linear_flops(seen, self.width, self.table_width)
-        return self.encoder_flops(size) + rows + heads
+        return self.encoder_flops(self._pixels) + self.row_flops(2, 4) + heads
+
+    def row_flops(self, encoded: int, fused: int) -> float:
+        """The encoder of rows so many times, the image's tokens once, and the fusion so many times."""
+        reduction = self.backbone.reductions[-1]
+        seen = -(-self._pixels[0] // reduction) * -(-self._pixels[1] // reduction)
+        see = linear_flops(seen, self.width, self.table_width)
+        return self.table_encoder.flops() * encoded + see + self.fusion.flops(1 + self.columns.count, seen) * fused

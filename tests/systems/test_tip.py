@@ -40,11 +40,12 @@ def table_of(rows: int, seed: int = 0) -> jax.Array:
 ROWS = Rows(table_of(B), jnp.zeros((B, N), bool).at[0, 1].set(True).at[3, 4].set(True))
 IMAGES = jax.random.uniform(jax.random.key(3), (B, 8, 8, 1))
 BATCH = {"image": IMAGES, "table": ROWS.table, "table_missing": ROWS.missing, "example": EXAMPLE, "index": EXAMPLE}
-STARTED = TIP.init(jax.random.key(0), BATCH)
+STARTED = jax.jit(TIP.init)(jax.random.key(0), BATCH)
 # Larger weights than at the start, or nothing depends on anything.
 PARAMS = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, STARTED.params)
 STATE = STARTED.state | {"marginals": table_of(5, seed=20)}
-DRAWS = TIP.draw_cells(EXAMPLE, jax.random.key(7))
+draw_cells = jax.jit(TIP.draw_cells)
+DRAWS = draw_cells(EXAMPLE, jax.random.key(7))
 loss_of = jax.jit(lambda params, table: TIP.loss_given_draws(params, STATE, IMAGES, ROWS._replace(table=table), DRAWS))
 encode = jax.jit(lambda params, table, hidden: TIP.part("table", params, table, hidden).tokens)
 
@@ -78,7 +79,7 @@ def test_counts_of_hidden_and_corrupted_columns(cardinalities, continuous, hidde
 
 def test_draws_depend_on_the_example_alone() -> None:
     order = jnp.asarray([4, 1, 0, 5, 3, 2])
-    shuffled = TIP.draw_cells(EXAMPLE[order], jax.random.key(7))
+    shuffled = draw_cells(EXAMPLE[order], jax.random.key(7))
     for name in ("corrupted", "rows", "hidden"):
         np.testing.assert_array_equal(getattr(shuffled, name), getattr(DRAWS, name)[order])
     np.testing.assert_array_equal(shuffled.noise, DRAWS.noise[:, order])
@@ -207,8 +208,8 @@ def test_marginals_are_values_of_the_training_rows() -> None:
 
 def test_features_of_complete_and_incomplete_rows() -> None:
     found = jax.jit(TIP.features)(PARAMS, STATE, BATCH)
-    shapes = {"pooled": (B, 16), "tokens": (B, 1 + N, 16), "image": (B, 8), "row": (B, 16), "missing_40": (B, 16), "missing_80": (B, 16)}
-    shapes |= {"image_embedding": (B, 8), "row_embedding": (B, 8)}
+    shapes = {"pooled": (B, 16), "tokens": (B, 1 + N, 16), "image": (B, 8), "row": (B, 16), "joined": (B, 40)}
+    shapes |= {"missing_40": (B, 16), "missing_80": (B, 16), "image_embedding": (B, 8), "row_embedding": (B, 8)}
     assert {name: value.shape for name, value in found.items()} == shapes
     few, many = (np.asarray(TIP.removed(EXAMPLE, share)) for share in TIP.missing_shares)
     np.testing.assert_array_equal(few.sum(1), 2)
