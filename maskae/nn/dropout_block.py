@@ -1,0 +1,82 @@
+"""A pre-norm transformer block with dropout in attention, projection and MLP, under the parameter names of `maskae.nn.layers.Block`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskae.kernels.attention import attention
+from maskae.keys import purpose_key
+from maskae.nn.layers import LayerNorm, OutProjection, QkvProjection, gelu, xavier
+from maskae.nn.sharding import constrain
+
+
+class Dropout(NamedTuple):
+    """Draws by `key` and each example's position in the global batch, `example` int32 [B], at `rate`."""
+
+    rate: float
+    key: jax.Array
+    example: jax.Array
+
+    def within(self, name: str) -> Dropout:
+        """The same for one part, with draws of its own."""
+        return self._replace(key=purpose_key(self.key, name))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ...] with elements set to 0 at `rate` and the others scaled up."""
+        draw = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(self.key, i), 1 - self.rate, x.shape[1:]))
+        return jnp.where(draw(self.example), x / (1 - self.rate), 0)
+
+
+def dropped(x: jax.Array, dropout: Dropout | None, name: str) -> jax.Array:
+    """`x` with the dropout of the part `name`; unchanged without one."""
+    return x if dropout is None or not dropout.rate else dropout.within(name)(x)
+
+
+class DropoutAttention(nn.Module):
+    """Self-attention; with dropout its weights are written out, without it the shared kernel computes it."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        query, key, value = QkvProjection(self.heads, name="qkv")(x)
+        if dropout is None or not dropout.rate:
+            mixed = attention(query, key, value, implementation="xla")
+        else:
+            scores = jnp.einsum("bnhk,bmhk->bhnm", query, key) * query.shape[-1] ** -0.5
+            mixed = jnp.einsum("bhnm,bmhk->bnhk", dropped(jax.nn.softmax(scores), dropout, "weights"), value)
+        return dropped(OutProjection(name="out")(mixed), dropout, "out")
+
+
+class DropoutMlp(nn.Module):
+    """fc1, GELU, fc2, dropout after both."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        inside = dropped(gelu(nn.Dense(self.hidden, kernel_init=xavier, name="fc1")(x)), dropout, "hidden")  # [B, N, hidden]
+        return dropped(nn.Dense(x.shape[-1], kernel_init=xavier, name="fc2")(inside), dropout, "output")
+
+
+class DropoutBlock(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); float32."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; no dropout in evaluation."""
+        within = [None, None] if dropout is None else [dropout.within(name) for name in ("attention", "mlp")]
+        x = constrain(x, "batch")
+        x = x + DropoutAttention(self.heads, name="attention")(LayerNorm(self.epsilon, name="norm1")(x), within[0])
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        return x + DropoutMlp(hidden, name="mlp")(LayerNorm(self.epsilon, name="norm2")(x), within[1])
