@@ -61,6 +61,20 @@ class Case:
 SMALL_VIT = ("model.width=16", "model.depth=1", "model.heads=2")
 SMALL_DECODER = ("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2")
 
+
+def in_stage(name: str, *overrides: str) -> tuple[str, ...]:
+    """The overrides for one stage."""
+    return tuple(f"stage.{name}.{each}" for each in overrides)
+
+
+SMALL_TEACHER = (*in_stage("teacher", *SMALL_VIT, *SMALL_DECODER), "train.batch_size=16")
+
+
+def small_teacher(path: str) -> tuple[str, ...]:
+    """Overrides that make the teacher at `model.<path>` as small as the ViT."""
+    return tuple(each.replace("model.", f"model.{path}.") for each in SMALL_VIT)
+
+
 SMALL_POINTS = (
     "data.source=points:mosd_rgbd_clouds/mosd.npz@64",
     "model.groups=8",
@@ -72,7 +86,20 @@ SMALL_POINTS = (
     "train.batch_size=16",
 )
 
+SMALL_CNN = (
+    "data.image_size=16",
+    "model.layers=(1,1)",
+    "model.widths=(4,8)",
+    "model.stem_width=4",
+    "train.batch_size=16",
+    "optimizer.schedule=constant",
+    "optimizer.base_learning_rate=0.16",
+)
+SMALL_VIEWS = (*SMALL_CNN, "model.views=crop_flip")
+
 CASES: dict[str, Case] = {
+    "byol": Case("configs/byol.py:tiny", (*SMALL_VIEWS, "model.hidden=8", "model.outputs=4"), data="ct_volumes"),
+    "cnn_finetune": Case("configs/cnn_finetune.py:tiny", (*SMALL_CNN, "optimizer.groups={}"), data="ct_volumes"),
     "croma": Case(
         "configs/croma.py:sentinel",
         (
@@ -95,6 +122,17 @@ CASES: dict[str, Case] = {
         data="graphs_tu",
     ),
     "mae": Case("configs/mae.py:tiny", (*SMALL_VIT, *SMALL_DECODER, "train.batch_size=16"), overfit=(40, 0.95)),
+    "mask_align": Case(
+        "configs/mask_align.py:tiny",
+        (*SMALL_TEACHER, *in_stage("student", *SMALL_VIT, "model.layer_weights=top1", *small_teacher("teacher"))),
+        stages=(2, 20),
+    ),
+    "mr_mae": Case(
+        "configs/mr_mae.py:tiny",
+        (*SMALL_TEACHER, *in_stage("student", *SMALL_VIT, *SMALL_DECODER, *small_teacher("teachers.here"))),
+        stages=(2, 20),
+    ),
+    "moco_v2": Case("configs/moco_v2.py:tiny", (*SMALL_VIEWS, "model.queue=32", "model.outputs=4"), data="ct_volumes"),
     "point_classifier": Case("configs/point_classifier.py:tiny", (*SMALL_POINTS, "model.points=64"), data="mosd_rgbd_clouds"),
     "point_cmae": Case(
         "configs/point_cmae.py:tiny",
@@ -125,6 +163,18 @@ CASES: dict[str, Case] = {
         data="graphs_node",
         overfit=(40, 0.96),  # where the graph links most nodes, their contrast cannot fall far
     ),
+    "simclr": Case("configs/simclr.py:tiny", (*SMALL_VIEWS, "model.hidden=8", "model.outputs=4"), data="ct_volumes"),
+    "spark_medical": Case(
+        "configs/spark_medical.py:tiny",
+        (*SMALL_CNN, "model.decoder_width=16", "optimizer.base_learning_rate=0.64"),
+        data="ct_volumes",
+        overfit=(60, 0.97),
+    ),
+    "swav": Case(
+        "configs/swav.py:tiny",
+        (*SMALL_VIEWS, "model.hidden=8", "model.outputs=4", "model.prototypes=8", "model.small_crops=1", "model.freeze_prototypes=3"),
+        data="ct_volumes",
+    ),
     "tip": Case(
         "configs/tip.py:tiny",
         (
@@ -137,8 +187,11 @@ CASES: dict[str, Case] = {
             "model.projection=8",
             "model.missing_shares=()",
             "train.batch_size=16",
-            "optimizer.base_learning_rate=0.08",
+            "model.view_probability=0.0",
+            "optimizer.schedule=constant",
+            "optimizer.base_learning_rate=0.16",
         ),
+        overfit=(60, 0.93),
     ),
 }
 
