@@ -7,11 +7,28 @@ arXiv 2308.06534; SparK: Tian et al., ICLR 2023, arXiv 2301.03580).
 The comparison's other methods are configs/{simclr,moco_v2,byol,swav}.py with the same variants; configs/cnn_finetune.py fine-tunes any of
 them. The evaluator `label_fractions` probes frozen features with 100, 30, 10 and 3 % of the labels.
 
-`:tiny`      organs in the slices of one CT volume (32 classes, 32 pixels), a network of two stages, 4 x 4 cells of 8 pixels, 400 steps of 64.
+`:tiny`      organs in the slices of one CT volume (32 classes, 32 pixels), a network of two stages, 4 x 4 cells of 8 pixels, 400 steps.
 `:natural`   the same network on Caltech-101 at 32 pixels, 600 steps.
 `:base`      the study's recipe: ResNet-50 on the 244,527 slices of LIDC-IDRI, 224 pixels, batch 32, 1600 epochs. A folder of the slices as
              8-bit pictures; `slices:FOLDER` makes them from NIfTI files. 24 PFLOP per epoch.
 `:imagenet`  SparK's own recipe: batch 4096, 1600 epochs; the paper's ResNet-50 reaches 80.6 % fine-tuned (supervised: 79.8 %).
+
+Measured with `:tiny`, ONE seed (45 to 95 CPU seconds a run): probe accuracy, and macro AUC in brackets, with shares of 1,242 labels, the
+mean of three draws; 333 slices of the same scan validate, 32 classes. One scan says nothing about other patients.
+
+    labels          100 %         30 %          10 %          3 %
+    raw pixels      .330 (.795)   .310 (.800)   .290 (.794)   .195 (.726)
+    untrained       .222 (.791)   .192 (.786)   .180 (.759)   .147 (.727)
+    SparK           .291 (.865)   .255 (.866)   .244 (.835)   .192 (.761)
+    SimCLR          .303 (.834)   .266 (.825)   .228 (.820)   .168 (.758)
+    MoCo v2         .252 (.804)   .233 (.811)   .228 (.786)   .151 (.724)
+    BYOL            .252 (.814)   .198 (.786)   .186 (.750)   .157 (.697)
+    SwAV            .345 (.871)   .303 (.856)   .266 (.838)   .237 (.809)
+
+With 10 % and 3 % SparK is ahead of SimCLR, MoCo v2 and BYOL, as in the study, but nowhere of SwAV in accuracy, whose views alone are not
+mirrored while 18 of the classes are left or right. That SparK loses LEAST as labels shrink did not reproduce: from 100 % to 3 % it keeps
+66 % of its accuracy, SwAV 69 %, BYOL 62 %, MoCo v2 60 %, SimCLR 55 %. Raw pixels are ahead of all but SwAV in accuracy and behind in AUC.
+Not run: more seeds, fine-tuning on the shares, chest X-rays, Caltech-101, and the study's own data.
 """
 
 from __future__ import annotations

@@ -101,14 +101,15 @@ def markdown(table: Table, metric: str) -> str:
 def picture(tables: Mapping[str, Table]) -> np.ndarray:
     """The first metric's curves over the share of labels, with the spread over runs; uint8 [H, W, 3]."""
     metric, table = next(iter(tables.items()))
+    methods = [name for name in table if name not in BASELINES]
 
     def paint(axes: Any) -> None:
         for i, (name, row) in enumerate(table.items()):
             shares = sorted(row)
             means, spreads = ([float(f(row[share])) for share in shares] for f in (np.mean, np.std))
-            style = {"linestyle": "--"} if name in BASELINES else {}
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            axes.errorbar(shares, means, spreads, label=name, color=colour, marker=marker, capsize=2, **style)
+            baseline = name in BASELINES
+            style = {"color": "#888888", "linestyle": "--"} if baseline else {"color": COLOURS[methods.index(name) % len(COLOURS)]}
+            axes.errorbar(shares, means, spreads, label=name, marker=MARKERS[i % len(MARKERS)], capsize=2, **style)
         axes.set_xscale("log")
         ticks = sorted({share for row in table.values() for share in row})
         axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
