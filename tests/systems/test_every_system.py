@@ -171,7 +171,7 @@ def test_the_recorded_curve_comes_again(whole, name):
 
 
 def test_every_system_is_in_the_table():
-    fine_tuned = {"mae_finetune", "mae_probe"}
+    fine_tuned = {"mae_finetune", "mae_probe", "tip_classifier"}
     in_table = set()
     for case in CASES.values():
         config = load(case)
