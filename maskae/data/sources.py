@@ -11,6 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from maskae.data.archive import open_archive
+from maskae.data.audio import open_audio
+from maskae.data.clips import open_clips
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, sample_record, stratified_split
 from maskae.data.densities import open_density
 from maskae.data.folder import open_folder
@@ -22,6 +24,7 @@ from maskae.data.remote import open_remote_records
 from maskae.data.sensors import open_sentinel_pairs, open_two_sensor
 from maskae.data.slices import open_organs, open_slices
 from maskae.data.spec import IMAGE, LABEL, NO_LABEL, DataSpec, split_hash
+from maskae.data.spoken_digits import open_spoken_digits
 from maskae.data.tables import open_digits_table, open_table_images
 from maskae.data.tfds import open_tfds
 from maskae.errors import UserError, nearest
@@ -242,9 +245,12 @@ SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "table_images": open_table_images,
     "folder": open_folder,
     "archive": open_archive,
+    "audio": open_audio,
+    "clips": open_clips,
     "npz": open_npz,
     "points": open_points,
     "arrayrecord": open_records,
+    "spoken_digits": open_spoken_digits,
     "tfds": open_tfds,
     "planetoid": open_planetoid,
     "node_rows": open_node_rows,

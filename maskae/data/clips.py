@@ -1,0 +1,145 @@
+"""Clips with sound: `clips:FOLDER@SIDE,FRAMES,STRIDE,LENGTH,BINS` gives `video` uint8 [FRAMES, SIDE, SIDE, 3], every STRIDE-th frame, and
+`spectrogram` float32 [LENGTH, BINS] of the same time.
+
+    FOLDER/video.zip or FOLDER/video/   clips that OpenCV reads
+    FOLDER/audio.zip or FOLDER/audio/   their sound in files of the same names with other endings (see `maskae.data.audio`)
+    FOLDER/labels.csv                   as for `audio:`; the clips without a sound file are left out
+
+Frames are cut to a square around their centre and resized to SIDE. Training reads a random window in time and a random part of the frames,
+at the gain of `audio:`; evaluation reads the middle. The sound runs one stride past the last frame (HiCMAE, Sun et al. 2024).
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+import cv2
+import numpy as np
+
+from maskae.data.audio import RATE, SPECTROGRAM, Listed, Store, draw_gain, listed, read_rows, read_sound, refuse_absent, split_numbers
+from maskae.data.contract import Record, Source, SourceArguments
+from maskae.data.spec import LABEL, BadRecord, DataSpec, Field
+from maskae.data.spectrogram import speech_input
+from maskae.errors import UserError
+
+VIDEO = "video"
+NUMBERS = ("SIDE in pixels", "FRAMES", "STRIDE between them", "LENGTH in rows of 10 ms", "mel BINS")
+KEPT = 256  # decoded clips held in memory by each process
+SCALES = (1.0, 0.875, 0.75, 0.66)
+WHOLE_WITHIN = 3  # pixels: a crop's side nearer than this to the whole is the whole
+# Where a crop may lie, in quarters of the room along (rows, columns): corners, edges, centre and the points between.
+OFFSETS = ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3))
+
+
+@functools.lru_cache(maxsize=KEPT)
+def read_frames(store: Store, file: str, side: int) -> tuple[np.ndarray, float]:
+    """(all frames uint8 [N, side, side, 3] in RGB, frames per second). Raises BadRecord for what cannot be decoded."""
+    frames = []
+    # OpenCV reads from a path only.
+    with tempfile.NamedTemporaryFile(suffix=PurePosixPath(file).suffix) as copy:
+        copy.write(store.read(file))
+        copy.flush()
+        capture = cv2.VideoCapture(copy.name)
+        rate = float(capture.get(cv2.CAP_PROP_FPS))
+        while True:
+            good, frame = capture.read()
+            if not good:
+                break
+            frames.append(square(frame, side)[..., ::-1])
+        capture.release()
+    if not frames or rate <= 0:
+        raise BadRecord(f"{file}: no frames can be decoded")
+    return np.stack(frames), rate
+
+
+def square(frame: np.ndarray, side: int) -> np.ndarray:
+    """The centre of a frame [H, W, C] as [side, side, C]."""
+    edge = min(frame.shape[:2])
+    top, left = (frame.shape[0] - edge) // 2, (frame.shape[1] - edge) // 2
+    cut = frame[top : top + edge, left : left + edge]
+    return cv2.resize(cut, (side, side), interpolation=cv2.INTER_AREA if edge > side else cv2.INTER_LINEAR)
+
+
+def draw_crop(generator: np.random.Generator, side: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a multi-scale crop (Wang et al. 2016) of a square.
+
+    Both sides are one of four shares of the whole, at most one step apart, at one of 13 places.
+    """
+    sizes = [int(side * scale) for scale in SCALES]
+    sizes = [side if side - size < WHOLE_WITHIN else size for size in sizes]
+    pairs = [(height, width) for i, height in enumerate(sizes) for j, width in enumerate(sizes) if abs(i - j) <= 1]
+    height, width = pairs[int(generator.integers(len(pairs)))]
+    row, column = OFFSETS[int(generator.integers(len(OFFSETS)))]
+    return row * ((side - height) // 4), column * ((side - width) // 4), height, width
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Clips of `videos` with their sound in `sounds`, whose files `sound_of` names by those of the clips."""
+
+    videos: Store
+    sounds: Store
+    sound_of: dict[str, str]
+    rows: Listed
+    side: int
+    frames: int
+    stride: int
+    length: int
+    bins: int
+
+    @property
+    def spec(self) -> DataSpec:
+        """What the data set is."""
+        return self.rows.spec
+
+    def __len__(self) -> int:
+        return len(self.rows.files)
+
+    def __getitem__(self, index: int) -> Record:
+        frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
+        return self._window(index, frames, rate, self._room(frames) // 2, 1.0)
+
+    def sample(self, index: int, generator: np.random.Generator) -> Record:
+        """A random window in time, cropped alike in all frames, with a random gain."""
+        frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
+        start = int(generator.integers(0, self._room(frames) + 1))
+        top, left, height, width = draw_crop(generator, self.side)
+        record = self._window(index, frames, rate, start, draw_gain(generator))
+        cut = record[VIDEO][:, top : top + height, left : left + width]
+        resized = [cv2.resize(frame, (self.side, self.side), interpolation=cv2.INTER_LINEAR) for frame in cut]
+        return record | {VIDEO: np.stack(resized)}
+
+    def _room(self, frames: np.ndarray) -> int:
+        return max(0, len(frames) - self.frames * self.stride)
+
+    def _window(self, index: int, frames: np.ndarray, rate: float, start: int, gain: float) -> Record:
+        # A clip that is too short stands still at its end, and is silent.
+        chosen = np.minimum(start + self.stride * np.arange(self.frames), len(frames) - 1)
+        begin, end = (round((start + count) / rate * RATE) for count in (0, self.frames * self.stride))
+        sound = read_sound(self.sounds, self.sound_of[self.rows.files[index]])[begin:end]
+        spectrogram = speech_input(sound, self.length, rate=RATE, bins=self.bins, gain=gain)
+        return {VIDEO: np.ascontiguousarray(frames[chosen]), SPECTROGRAM: spectrogram, LABEL: int(self.rows.labels[index])}
+
+    def name(self, index: int) -> str:
+        """The clip's file."""
+        return f"{self.videos.path}:{self.rows.files[index]}"
+
+
+def open_clips(arguments: SourceArguments) -> Source:
+    """A split of clips. Raises UserError for a missing or unusable table or file, and where no clip has a sound."""
+    path, numbers = split_numbers(arguments.path, arguments.name, NUMBERS)
+    side, frames, _, length, bins = numbers
+    folder = replace(arguments, path=path).resolve("folder")
+    videos = Store.find(folder, "video", arguments.name)
+    sounds = Store.find(folder, "audio", arguments.name)
+    by_stem = {PurePosixPath(file).stem: file for file in sounds.files(arguments.name)}
+    rows = [row for row in read_rows(folder, arguments.name) if PurePosixPath(row["file"]).stem in by_stem]
+    if not rows:
+        raise UserError(f"{arguments.name}: none of the clips has a sound file of its name in {sounds.path}")
+    refuse_absent(arguments.name, [row["file"] for row in rows], videos)
+    fields = {VIDEO: Field((frames, side, side, 3), "uint8"), SPECTROGRAM: Field((length, bins), "float32")}
+    sound_of = {row["file"]: by_stem[PurePosixPath(row["file"]).stem] for row in rows}
+    return ClipSource(videos, sounds, sound_of, listed(arguments, rows, fields, rate=RATE), *numbers)

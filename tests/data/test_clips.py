@@ -1,0 +1,121 @@
+"""Recordings, clips with sound and their spectrograms: windows, lengths, splits and clear refusals."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from maskae.data.audio import samples_of
+from maskae.data.clips import draw_crop
+from maskae.data.sources import open_source
+from maskae.data.spectrogram import FLOOR, fit_length, log_mel, normalise_spectrogram, speech_input
+from maskae.errors import UserError
+
+RATE, FRAME_RATE = 16_000, 10.0
+
+
+def write_sound(path: Path, waveform: np.ndarray, rate: int = RATE) -> None:
+    """16-bit WAV of one channel."""
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes((waveform * 32767).astype("<i2").tobytes())
+
+
+def write_video(path: Path, frames: int) -> None:
+    """Grey frames of rising brightness, 24 x 16 pixels."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), FRAME_RATE, (24, 16))
+    for brightness in np.linspace(20, 220, frames):
+        writer.write(np.full((16, 24, 3), brightness, np.uint8))
+    writer.release()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four clips of 20 frames (2 seconds); sound that starts at the first second; the fourth has no sound file."""
+    for kind in ("video", "audio"):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+    tone = np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE) * (np.arange(2 * RATE) >= RATE) * 0.5
+    for i in range(4):
+        write_video(tmp_path / "set" / "video" / f"c{i}.avi", 20)
+        if i < 3:
+            write_sound(tmp_path / "set" / "audio" / f"c{i}.wav", tone)
+    rows = [f"c{i}.avi,{i % 2},{'train' if i else 'test'}" for i in range(4)]
+    (tmp_path / "set" / "labels.csv").write_text("file,label,split\n" + "\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_lengths_and_silence() -> None:
+    assert [len(log_mel(np.zeros(round(RATE * seconds)))) for seconds in (0.02, 2.56, 2.60)] == [0, 254, 258]
+    np.testing.assert_allclose(log_mel(np.zeros(RATE)), np.log(FLOOR), rtol=1e-6)
+    filled = normalise_spectrogram(fit_length(log_mel(np.zeros(round(2.56 * RATE))), 256))
+    assert filled.shape == (256, 128) and filled[254, 0] == pytest.approx(0.467, abs=1e-3)
+    assert len(log_mel(np.zeros(samples_of(64)))) == 64
+
+
+def test_a_tone_is_loudest_in_its_own_bin_and_a_gain_is_a_shift() -> None:
+    tone = np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)
+    centres = 700 * np.expm1(np.linspace(1127 * np.log1p(20 / 700), 1127 * np.log1p(8000 / 700), 66)[1:-1] / 1127)
+    loudest = log_mel(tone, bins=64).mean(0).argmax()
+    assert abs(centres[loudest] - 1000) == np.abs(centres - 1000).min()
+    noise = np.random.default_rng(0).normal(size=RATE)
+    # Of 128 bins some are too narrow for a point of the transform and stay at the floor.
+    shift = speech_input(noise, 98, bins=32, gain=2.0) - speech_input(noise, 98, bins=32)
+    np.testing.assert_allclose(shift, 2 * np.log(2) / (2 * 4.5689974), rtol=1e-4)
+
+
+def test_clips_are_pairs_of_one_window(folder: Path) -> None:
+    source = open_source("clips:set@8,5,2,96,16", "train", root=str(folder), channels=0)
+    assert source.spec.counts == {"train": 2, "val": 1} and len(source) == 2  # the clip without sound is left out
+    record = source[0]
+    assert record["video"].shape == (5, 8, 8, 3) and record["spectrogram"].shape == (96, 16)
+    # The middle window: frames 5, 7, ... of 20, so sound from 0.5 to 1.5 seconds, whose second half is the tone.
+    np.testing.assert_allclose(record["video"][:, 4, 4, 1], np.linspace(20, 220, 20)[5:15:2], atol=4)
+    loudness = record["spectrogram"].mean(1)
+    assert loudness[60:].min() > loudness[:40].max()
+    drawn = [source.sample(0, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(drawn[0]["video"], drawn[1]["video"])
+    assert not np.array_equal(drawn[0]["spectrogram"], drawn[2]["spectrogram"])
+
+
+def test_recordings_alone_at_another_rate(folder: Path) -> None:
+    write_sound(folder / "set" / "audio" / "low.wav", np.full(8000, 0.25), rate=8000)
+    (folder / "set" / "labels.csv").write_text("file,emotion,label\nc0.wav,calm,0\nlow.wav,sad,1\nc1.wav,sad,1\nc2.wav,calm,0\n")
+    source = open_source("audio:set@98,16", "train", root=str(folder), channels=0, val_percent=0.0)
+    assert source.spec.class_names == ("calm", "sad") and len(source) == 4
+    assert source[1]["spectrogram"].shape == (98, 16) and source[1]["label"] == 1
+
+
+def test_crops_lie_inside_and_are_of_the_known_sizes() -> None:
+    crops = [draw_crop(np.random.default_rng(i), 160) for i in range(200)]
+    assert {size for crop in crops for size in crop[2:]} == {160, 140, 120, 105}
+    assert all(top + height <= 160 and left + width <= 160 and min(top, left) >= 0 for top, left, height, width in crops)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("clips:set@8,5", "5 positive numbers"),
+        ("audio:sat@98,16", "did you mean 'set'"),
+        ("audio:set/video@98,16", "no file"),
+        ("audio:set@98,16", "not in .*audio, for example c0.avi"),
+    ],
+)
+def test_mistakes_name_what_is_wrong(folder: Path, source: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        open_source(source, "train", root=str(folder), channels=0)
+
+
+def test_spoken_digits_pair_recordings_with_moving_scans(folder: Path) -> None:
+    (folder / "set" / "labels.csv").write_text("file,digit,split\nc0.wav,3,train\nc1.wav,7,test\n")
+    source = open_source("spoken_digits:set@16,4,98,16", "train", root=str(folder), channels=0)
+    record, drawn = source[0], source.sample(0, np.random.default_rng(0))
+    assert record["video"].shape == (4, 16, 16, 1) and record["label"] == 3
+    np.testing.assert_array_equal(record["video"], source[0]["video"])
+    assert not np.array_equal(record["video"], drawn["video"])
+    assert (record["video"] > 0).any((1, 2, 3)).all()
