@@ -73,7 +73,7 @@ class Mimic:
         """The teachers by name, in their order."""
         return {name: make_teacher(arguments, self._student.grid, self._student.channels) for name, arguments in self.teachers.items()}
 
-    def heads(self) -> dict[str, Adaptor]:
+    def maps(self) -> dict[str, Adaptor]:
         """By teacher, the linear map that every mimicking layer has of its own."""
         return {name: Adaptor(teacher.width, dtype=jnp.dtype(self._student.dtype)) for name, teacher in self.frozen.items()}
 
@@ -87,7 +87,7 @@ class Mimic:
             blank = jnp.zeros((1, 1, self._student.width))
             taps = self.mimic_layers or ("output",)
             keys = jax.random.split(head_key, len(taps))
-            mimic[name] = {f"tap_{tap}": self.heads()[name].init(key, blank)["params"] for tap, key in zip(taps, keys, strict=True)}
+            mimic[name] = {f"tap_{tap}": self.maps()[name].init(key, blank)["params"] for tap, key in zip(taps, keys, strict=True)}
             teachers[name] = teacher.init(teacher_key)
         return Variables(params | {"mimic": mimic}, {"teacher": teachers})
 
@@ -120,7 +120,7 @@ class Mimic:
         taps = {"tap_output": named["latent"]} if not self.mimic_layers else {}
         taps |= {f"tap_{layer}": named["encoder_blocks"][layer - 1] for layer in self.mimic_layers}
         losses, trivial = [], []
-        for name, head in self.heads().items():
+        for name, head in self.maps().items():
             apply: Any = head.apply
             mapped = jnp.stack([apply({"params": params[name][tap]}, tokens[:, first:]) for tap, tokens in taps.items()]).sum(0)
             whole = normalise_features(seen[name].hidden[-1], "whiten" if self.whiten else "none")  # [B, 1+L, D]
@@ -164,8 +164,8 @@ class Mimic:
         """Matmul FLOPs of the autoencoder and the maps per image."""
         student = self._student
         tokens = student.kept(student.grid_of(batch["image"])) + self.mimic_cls
-        maps = sum(head.flops(tokens, student.width) for head in self.heads().values()) * max(1, len(self.mimic_layers))
-        return float(super().forward_flops(batch) + maps)  # type: ignore[misc]
+        extra = sum(head.flops(tokens, student.width) for head in self.maps().values()) * max(1, len(self.mimic_layers))
+        return float(super().forward_flops(batch) + extra)  # type: ignore[misc]
 
     def forward_flops(self, batch: Batch) -> float:
         """Autoencoder, maps, teachers: 54.7 GFLOP for ViT-B/16 and one teacher of its size."""
