@@ -3,6 +3,20 @@
     python -m maskae.main --config configs/regularized_ae.py:tiny --workdir runs/rae_tiny
     python -m maskae.main --config configs/regularized_ae.py:base --workdir runs/rae_base
 
+`:tiny`      scikit-learn's digits, noise of 0.5 falling to 0.1, 3,000 steps of 128: about a minute on 2 CPU cores. With seeds 0, 1, 2 the
+             squared error after denoising is 0.532, 0.529, 0.531 of the noise's on held-out digits, and the estimated log density of every
+             one of them is above that of its pixels in another order.
+             `--config.model.form=residual` is worse here (0.734, seed 0): pixels that are always 0 want a score of 1 / sigma.
+`:base`      the paper's spiral in 2-D: 1,000 hidden units, 20,000 steps of 512, which were not run. With 2,000 steps of 256 and
+             `--config.model.anneal_steps=1000 --config.optimizer.base_learning_rate=3e-3`, seed 0: rms distance of the estimated score 4.1
+             from the best denoiser's and 19.0 from the density's own, from which the best denoiser is 15.7 (size 19.6): sigma is 0.1 and
+             the spiral 0.05 wide.
+`:mixture`   1-D, two modes, sigma 0.2, 3,000 steps of 2,048, which were not run; 1,000 steps of 512 end within 5 % of the best denoiser's
+             distance to the score: `pytest -n 0 tests/systems/test_regularized_ae.py`.
+`:gaussian`  2-D, where both criteria have the same closed form; not run.
+`:curve`     10-D near a closed curve; not run.
+The paper prints no numbers. `--config.model.criterion=contractive` trains by the Jacobian instead of noise (`model.probes=1` estimates its
+norm, which more than 64 dimensions need).
 """
 
 from __future__ import annotations
@@ -35,7 +49,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     if variant == "curve":
         density(config, "curve", 10, sigma=0.1, sigma_start=1.0, proposal=0.08)
         return train(config, batch_size=512, steps=STEPS, rate=1e-3)
-    density(config, "spiral", 2, sigma=0.1, sigma_start=1.0, proposal=0.15)
+    density(config, "spiral", 2, sigma=0.1, sigma_start=1.0, proposal=0.3)
     return train(config, batch_size=512, steps=STEPS, rate=1e-3)
 
 
@@ -72,7 +86,7 @@ def density(config: ConfigDict, name: str, dimensions: int, **given: Any) -> Non
     config.data.examples = 8000
     config.data.fields = {"x": f"float32[{dimensions}]"}
     config.model = model(field="x", **given)
-    config.evaluate.evaluators = {"score_field": {"density": name, "sigma": given["sigma"]}, "denoising": {}}
+    config.evaluate.evaluators = {"score_field": {"density": name, "sigma": given["sigma"]}, "denoising": {"shuffled": False}}
 
 
 def digits(config: ConfigDict) -> ConfigDict:

@@ -69,9 +69,11 @@ class Denoising:
     log density exceeds that of the same values in another order, and `jacobian_asymmetry` the mean |J - J^T| / |J| of the map.
 
     Args:
+        shuffled: whether the second one is wanted; in a few dimensions another order says little.
         asymmetry: whether the last one is wanted; systems have it in few dimensions only.
     """
 
+    shuffled: bool = True
     asymmetry: bool = True
     needs_labels: ClassVar[bool] = False
     reads_train: ClassVar[bool] = False
@@ -79,13 +81,15 @@ class Denoising:
     @property
     def keys(self) -> tuple[str, ...]:
         """The features that it reads."""
-        return ("noisy_error", "denoised_error", "log_density_gain", *(["asymmetry"] if self.asymmetry else []))
+        optional = {"log_density_gain": self.shuffled, "asymmetry": self.asymmetry}
+        return ("noisy_error", "denoised_error", *(key for key, wanted in optional.items() if wanted))
 
     def __call__(self, train: Features, val: Features, seed: int = 0) -> dict[str, float]:
         """Of the validation records. Raises UserError where a feature is missing or not finite."""
         found = {key: column(val, key, "val", 1).astype(np.float64) for key in self.keys}
-        metrics = {
-            "error_left": float(found["denoised_error"].sum() / found["noisy_error"].sum()),
-            "density_above_shuffled": float((found["log_density_gain"] > 0).mean()),
-        }
-        return metrics | ({"jacobian_asymmetry": float(found["asymmetry"].mean())} if self.asymmetry else {})
+        metrics = {"error_left": float(found["denoised_error"].sum() / found["noisy_error"].sum())}
+        if self.shuffled:
+            metrics["density_above_shuffled"] = float((found["log_density_gain"] > 0).mean())
+        if self.asymmetry:
+            metrics["jacobian_asymmetry"] = float(found["asymmetry"].mean())
+        return metrics
