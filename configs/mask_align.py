@@ -5,6 +5,12 @@
         --config.model.teacher.weights=clip-vit-base-patch16.safetensors
 
 `:tiny`        digits in two stages: MAE for 1,200 steps, then a student of its size aligned with it for 1,200.
+               Three seeds, logistic regression on frozen pooled features with 10 labels per class / with all: the student 0.763, 0.767,
+               0.763 / 0.908, 0.925, 0.911; MAE at the same number of steps, its teacher, 0.724, 0.765, 0.768 / 0.872, 0.900, 0.922. So
+               0.764 against 0.752 and 0.915 against 0.898 on average, each ahead with two seeds of three; 20 nearest neighbours tie (0.815,
+               0.814). The student has had the teacher's steps too: MAE alone for 3,000 steps at twice the learning rate has 0.886 with 10
+               labels (configs/mae.py), so on digits a MAE teacher pays for less than its own steps do. The loss falls from 1.3 (mean of
+               steps 1 to 50) to 0.06 to 0.10; zero adaptors have 0.85. Command: `:tiny --config.seed=S`.
 `:supervised`  the same with a teacher trained on all labels, the card's small protocol.
 `:natural`     Caltech-101's 96 pixels in patches of 12, MAE and then the student for 600 steps each; `--config.data.root=shared/data`.
 `:base`        ViT-B/16 with CLIP's ViT-B/16, ImageNet-1K, batch 1024, 200 epochs: 1.7e19 FLOP. The paper: 85.4 % fine-tuned.

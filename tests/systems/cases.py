@@ -67,7 +67,12 @@ def in_stage(name: str, *overrides: str) -> tuple[str, ...]:
     return tuple(f"stage.{name}.{each}" for each in overrides)
 
 
-SMALL_TEACHER = (*in_stage("teacher", *SMALL_VIT, *SMALL_DECODER), "train.batch_size=16")
+SMALL_TEACHER = (
+    *in_stage("teacher", *SMALL_VIT, *SMALL_DECODER),
+    "train.batch_size=16",
+    "optimizer.schedule=constant",
+    "optimizer.base_learning_rate=0.08",
+)
 
 
 def small_teacher(path: str) -> tuple[str, ...]:
@@ -96,6 +101,8 @@ SMALL_CNN = (
     "optimizer.base_learning_rate=0.16",
 )
 SMALL_VIEWS = (*SMALL_CNN, "model.views=crop_flip")
+
+SMALL_FACES = ("layers=(1,)", "widths=(8,)", "features_width=16")
 
 CASES: dict[str, Case] = {
     "byol": Case("configs/byol.py:tiny", (*SMALL_VIEWS, "model.hidden=8", "model.outputs=4"), data="ct_volumes"),
@@ -214,6 +221,25 @@ CASES: dict[str, Case] = {
             "optimizer.base_learning_rate=0.16",
         ),
         overfit=(60, 0.93),
+    ),
+    "vec2face": Case(
+        "configs/vec2face.py:tiny",
+        (
+            *(f"stage.{stage}.model.{size}" for stage in ("identity", "faces") for size in SMALL_FACES),
+            "stage.faces.model.width=16",
+            "stage.faces.model.depth=1",
+            "stage.faces.model.heads=2",
+            "stage.faces.model.decoder_heads=2",
+            "stage.faces.model.map_channels=8",
+            "stage.faces.model.paint_width=8",
+            "stage.faces.model.groups=4",
+            "stage.faces.model.critic_widths=(8,8)",
+            "stage.faces.model.adversarial_start=8",
+            "stage.identity.evaluate.evaluators={}",
+            "stage.faces.evaluate.evaluators={}",
+            "train.batch_size=16",
+        ),
+        stages=(10, 10),
     ),
 }
 
