@@ -8,6 +8,7 @@ from maskae.systems.cnn_finetune import CnnFineTune
 from maskae.systems.croma import Croma
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
+from maskae.systems.hicmae import Hicmae
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
@@ -33,6 +34,7 @@ SYSTEMS: dict[str, type] = {
     "croma": Croma,
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
+    "hicmae": Hicmae,
     "mae": Mae,
     "mae_finetune": FineTune,
     "mae_probe": LinearProbe,
