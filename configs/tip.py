@@ -2,6 +2,29 @@
 
     python -m maskae.main --config configs/tip.py:tiny --workdir runs/tip_tiny
     python -m maskae.main --config configs/tip.py:covid --workdir runs/tip_covid --config.data.root=shared/data
+
+`configs/tip_classifier.py` fine-tunes. `--config.model.weights=(0.3333,0.3333,0.0)` leaves masked reconstruction out.
+
+`:tiny`, 600 steps of 64, two to four minutes on two busy CPU cores. Top-1 of a linear probe on the fused class token with a share of each
+row's cells removed, in the training rows as well (the paper's protocol); means over seeds 0, 1, 2 (`--config.seed`), 360 digits:
+
+    cells removed               0     0.3    0.5    0.7    0.9   loss (mean over shares above 0)
+    all three losses          .844   .753   .738   .712   .685   .122   (.117 .162 .089)
+    without reconstruction    .714   .444   .360   .289   .185   .394   (.415 .367 .401)
+
+    The same with the probe fitted on complete rows, a test that the paper does not make: loss .390 (.319 .424 .427) against .463 (.492 .457
+    .441), at half of the cells .520 against .285.
+
+The paper's claim holds: without reconstruction three times as much is lost. Its other claim, that the fused class token alone beats the
+image alone, does not at this size: image .922, row .734, fused .844. The three joined, the released code's ensemble as one probe, give .946
+(without reconstruction .938). So much of the drop is the fused token's own: what is removed could still be read off the image.
+
+`:covid` shows that everything works on a real table with half of its cells empty, and is no result: after 300 steps of 32 (one seed, 2 to 7
+minutes) the fused class token has an area under the curve of .667 on 78 images, of .526 with half of the other cells removed, and a top-1
+of .744 where always saying COVID-19 has .756.
+
+`:base` is the recipe of the released code, complete but never run: its data (DVM) is not at hand. The released learning rate changes once
+per epoch, here it does at every step.
 """
 
 from __future__ import annotations
@@ -13,7 +36,7 @@ from maskae.config import default_config, set_duration, use_digits
 VARIANTS = ("tiny", "covid", "base")
 
 SHARES = (0.3, 0.5, 0.7, 0.9)
-SIDES = ("pooled", "image", "row")
+SIDES = ("pooled", "image", "row")  # fused, and each alone
 PAIR = ("image_embedding", "row_embedding")
 CARS = (
     "Color,Bodytype,Gearbox,Fuel_type=code,Wheelbase,Height,Width,Length,Adv_year,Adv_month=number,Reg_year,Runned_Miles,Price,"
@@ -73,7 +96,7 @@ def evaluators(shares: tuple[float, ...]) -> dict[str, dict[str, object]]:
     """Accuracy against missing cells, what each side knows alone, and whether images find their rows."""
     return {
         "missing_cells": {"shares": shares},
-        "logistic": {"features": SIDES, "labels_per_class": None},
+        "logistic": {"features": (*SIDES, "joined"), "labels_per_class": None},
         "matched": {"features": PAIR},
         "rank": {"features": SIDES},
     }
