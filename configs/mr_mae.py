@@ -5,6 +5,11 @@
         --config.model.teachers.clip.weights=clip-vit-base-patch16.safetensors --config.model.teachers.dino.weights=dino-vitb16.safetensors
 
 `:tiny`        digits in two stages: MAE for 1,200 steps, then MR-MAE with it as the teacher for 1,200.
+               Three seeds, logistic regression on frozen pooled features with 10 labels per class / with all: MR-MAE 0.763, 0.752, 0.769 /
+               0.897, 0.900, 0.922; MAE at the same number of steps, its teacher, 0.724, 0.765, 0.768 / 0.872, 0.900, 0.922. The averages,
+               0.761 against 0.752 and 0.906 against 0.898, are one seed's doing: with the other two it is no better, and 20 nearest
+               neighbours give 0.809 against 0.814. The mimic loss falls from 1.20 to 1.35 (mean of steps 1 to 50; zero maps have 1) to 0.06
+               to 0.10, reconstruction to 0.26 to 0.32. Command: `:tiny --config.seed=S`.
 `:supervised`  the same with a teacher trained on all labels, the card's small protocol.
 `:natural`     Caltech-101's 96 pixels in patches of 12, 600 steps each; `--config.data.root=shared/data`.
 `:conv`        digits with the masked-convolution backbone for stage 2.
