@@ -163,7 +163,12 @@ def unfreeze(peak: float, frozen_steps: float) -> Schedule:
     return schedule
 
 
-SCHEDULES = ("cosine", "cosine_inclusive", "cosine_twice", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze")
+def delayed(peak: float, waiting_steps: float) -> Schedule:
+    """0 for `waiting_steps`, so that not even weight decay moves a parameter, then `peak`: a discriminator that joins late."""
+    return lambda step: jnp.where(jnp.asarray(step, jnp.float32) < waiting_steps, 0.0, peak)
+
+
+SCHEDULES = ("cosine", "cosine_inclusive", "cosine_twice", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze", "delayed")
 
 
 def make_schedule(
@@ -204,4 +209,6 @@ def make_schedule(
         return warmup_step(peak, warmup_steps, milestones, factor)
     if name == "unfreeze":
         return unfreeze(peak, warmup_steps)
+    if name == "delayed":
+        return delayed(peak, warmup_steps)
     return warmup_constant(peak, warmup_steps)

@@ -57,7 +57,10 @@ def test_warmup_of_a_fraction_of_a_step() -> None:
     np.testing.assert_allclose(float(schedule(1)), 1 / 1.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+WAITING = ("unfreeze", "delayed")  # their `warmup` is a time at rate 0
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in WAITING])
 def test_every_schedule_warms_up_and_never_exceeds_its_peak(name: str) -> None:
     rates = curve(make_schedule(name, peak=0.5, total_steps=100, warmup_steps=10, milestones=(50,), timescale=20.0), 120)
     assert rates[0] == 0.0
@@ -67,7 +70,7 @@ def test_every_schedule_warms_up_and_never_exceeds_its_peak(name: str) -> None:
     assert np.all(np.diff(rates[10:]) <= 0) and rates.max() == 0.5
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "unfreeze"])
 def test_without_warmup_the_first_step_has_the_peak(name: str) -> None:
     assert float(make_schedule(name, peak=0.5, total_steps=100)(0)) == 0.5
 
@@ -77,6 +80,10 @@ def test_values_of_the_other_shapes() -> None:
     np.testing.assert_allclose(float(warmup_rsqrt(1.0, 0.0, 10, 30)(100)), 0.5, rtol=1e-6)
     np.testing.assert_allclose(float(warmup_rsqrt(1.0, 0.7, 10, 30)(100)), 0.7, rtol=1e-6)
     np.testing.assert_allclose(float(make_schedule("linear", peak=1.0, minimum=0.2, total_steps=10)(5)), 0.6, rtol=1e-6)
+
+
+def test_a_delayed_parameter_does_not_move_before_its_time() -> None:
+    np.testing.assert_array_equal(curve(make_schedule("delayed", peak=0.5, total_steps=10, warmup_steps=3), 5), [0, 0, 0, 0.5, 0.5])
 
 
 def test_scaling_rule() -> None:

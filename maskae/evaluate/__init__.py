@@ -20,6 +20,7 @@ from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Li
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
 from maskae.evaluate.few_shot import FewShot
 from maskae.evaluate.graph_svm import GraphSvm
+from maskae.evaluate.identity import Identity
 from maskae.evaluate.label_fractions import LabelFractions
 from maskae.evaluate.matched import Matched
 from maskae.evaluate.missing_cells import MissingCells
@@ -49,6 +50,7 @@ EVALUATORS: dict[str, type] = {
     "denoising": Denoising,
     "few_shot": FewShot,
     "graph_svm": GraphSvm,
+    "identity": Identity,
     "knn": Knn,
     "label_fractions": LabelFractions,
     "linear": Linear,

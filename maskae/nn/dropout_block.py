@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -14,8 +15,10 @@ from maskae.nn.layers import LayerNorm, OutProjection, QkvProjection, gelu, xavi
 from maskae.nn.sharding import constrain
 
 
-class Dropout(NamedTuple):
-    """Draws by `key` and each example's position in the global batch, `example` int32 [B], at `rate`."""
+@partial(jax.tree_util.register_dataclass, data_fields=["key", "example"], meta_fields=["rate"])
+@dataclass(frozen=True)
+class Dropout:
+    """Draws by `key` and each example's position in the global batch, `example` int32 [B], at `rate`, which is static."""
 
     rate: float
     key: jax.Array
@@ -23,7 +26,7 @@ class Dropout(NamedTuple):
 
     def within(self, name: str) -> Dropout:
         """The same for one part, with draws of its own."""
-        return self._replace(key=purpose_key(self.key, name))
+        return replace(self, key=purpose_key(self.key, name))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, ...] with elements set to 0 at `rate` and the others scaled up."""

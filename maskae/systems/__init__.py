@@ -9,6 +9,7 @@ from maskae.systems.croma import Croma
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.hicmae import Hicmae
+from maskae.systems.identity_encoder import IdentityEncoder
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
 from maskae.systems.mae_probe import LinearProbe
@@ -26,6 +27,7 @@ from maskae.systems.spark_medical import SparK
 from maskae.systems.swav import Swav
 from maskae.systems.tip import Tip
 from maskae.systems.tip_classifier import TipClassifier
+from maskae.systems.vec2face import Vec2Face
 
 SYSTEMS: dict[str, type] = {
     "autoencoder": Autoencoder,
@@ -35,6 +37,7 @@ SYSTEMS: dict[str, type] = {
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
     "hicmae": Hicmae,
+    "identity_encoder": IdentityEncoder,
     "mae": Mae,
     "mae_finetune": FineTune,
     "mae_probe": LinearProbe,
@@ -53,5 +56,6 @@ SYSTEMS: dict[str, type] = {
     "spark_medical": SparK,
     "swav": Swav,
     "tip": Tip,
+    "vec2face": Vec2Face,
     "tip_classifier": TipClassifier,
 }

@@ -183,11 +183,12 @@ class Vec2Face(Vec2FaceArguments):
         """How much of the identity stays: cosines [B, variations] of images of a vector and of its neighbours, to the identity network."""
         first = self.recognise(state, self.generate(params, vectors, example, key))[0]
         normal = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(purpose_key(key, "variation"), i), vectors.shape[1:]))(example)
-        found = []
-        for deviation in self.variations:
+
+        def kept(deviation: jax.Array) -> jax.Array:
             images = self.generate(params, vary(vectors, deviation * normal), example, key)
-            found.append(cosine(first, self.recognise(state, images)[0]))
-        return jnp.stack(found, -1)
+            return cosine(first, self.recognise(state, images)[0])
+
+        return jax.lax.map(kept, jnp.asarray(self.variations)).T
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """`pooled` [B, D] the image's vector, `generated` [B, D] that of the image painted from it, `kept` [B, variations] of `varied`,
