@@ -197,7 +197,7 @@ def inputs_of(case: Case, system: Hicmae) -> tuple[dict[str, jax.Array], dict[st
 def classify(system: Hicmae, params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Fine-tuning's normed feature [B, 4D] and logits [B, K]."""
     encoded = {modality: system.encode(params, modality, inputs[modality]) for modality in MODALITIES}
-    parts = []
+    parts: list[Any] = []
     for modality in MODALITIES:
         means = jnp.stack([layer.mean(1) for layer in encoded[modality].layers], 1)  # [B, layers, D]
         parts.append(LayerSum().apply({"params": params[f"{modality}_sum"]}, means))

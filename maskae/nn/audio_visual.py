@@ -63,7 +63,7 @@ def run_block(owner: nn.Module, block: nn.Module, remat: str, *inputs: jax.Array
         return plain.apply({"params": gather_parameters(params)}, *inputs)
 
     with jax.named_scope(str(block.name)):
-        return rematerialise(step, remat)(owner.variables["params"][block.name], *inputs)
+        return rematerialise(step, remat)(owner.variables["params"][str(block.name)], *inputs)
 
 
 class Fused(NamedTuple):

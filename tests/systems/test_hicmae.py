@@ -158,4 +158,4 @@ def test_the_reference_case(shared) -> None:
     with jax.default_matmul_precision("highest"):
         found = replay_forward(case, system, params_of(case, system)) | replay_tables(case, system)
     rows = [compare(name, case.outputs[name], value) for name, value in found.items()]
-    assert len(rows) > 35 and [row for row in rows if not row.agrees] == []
+    assert len(rows) >= 30 and [row for row in rows if not row.agrees] == []
