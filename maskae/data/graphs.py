@@ -26,6 +26,7 @@ from maskae.data.graph_files import (
 from maskae.data.spec import LABEL, DataSpec, Field, split_hash
 from maskae.errors import UserError, nearest
 from maskae.nn.graph_batch import table_fields
+from maskae.nn.sparse_nodes import word_fields
 
 # The official degree features stop at 400.
 LARGEST_DEGREE = 400
@@ -128,6 +129,7 @@ def node_record(graph: NodeGraph) -> Record:
         "node_label": graph.labels,
         **masks,
         **table_fields(senders, receivers, count),
+        **word_fields(graph.features),
     }
 
 

@@ -2,7 +2,7 @@
 
 Fields of a batch: `nodes` [B, N, D], `senders` and `receivers` int32 [B, E], `node_mask` bool [B, N], `edge_mask` bool [B, E] (False at
 padding), without self-loops. A source of one large symmetric graph may add `table_*`, the `Neighbours` of its edges with one self-loop per
-node appended.
+node appended, and `words_*`, the places of its features that are not zero.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from maskae.nn.graph_layers import Graph
 from maskae.nn.graphs import Neighbours, neighbour_tables
+from maskae.nn.sparse_nodes import words_of
 
 TABLE = "table_"
 
@@ -56,7 +57,7 @@ def flatten_graphs(batch: Mapping[str, jax.Array]) -> Graph:
     senders, receivers = ((batch[name] + offset).reshape(-1) for name in ("senders", "receivers"))
     node_valid = batch["node_mask"].reshape(-1)
     graph = Graph(senders, receivers, batch["edge_mask"].reshape(-1), node_valid, None)
-    return add_self_loops(graph)._replace(neighbours=neighbours_of(batch))
+    return add_self_loops(graph)._replace(neighbours=neighbours_of(batch), words=words_of(batch))
 
 
 def add_self_loops(graph: Graph) -> Graph:

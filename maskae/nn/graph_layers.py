@@ -14,6 +14,7 @@ from maskae.errors import UserError, nearest
 from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.graphs import Neighbours, aggregate_neighbours, segment_softmax
 from maskae.nn.layers import LayerNorm, gelu, uniform_fan_in
+from maskae.nn.sparse_nodes import MaskedWords, Words
 
 ACTIVATIONS = ("prelu", "relu", "gelu", "elu", "tanh", "none")
 NORMS = ("none", "batch", "layer")
@@ -29,7 +30,7 @@ class Graph(NamedTuple):
     """A disjoint graph of N nodes and E edges; padding nodes and edges are not valid, and a padding edge may name any node.
 
     `neighbours` are the tables of the same edges where the graph is symmetric and they were made (`maskae.nn.graphs.neighbour_tables`):
-    sums then need no scatter.
+    sums then need no scatter. `words` are the places of the node features that are not zero, where few are.
     """
 
     senders: jax.Array  # int32 [E]
@@ -37,6 +38,7 @@ class Graph(NamedTuple):
     edge_valid: jax.Array  # bool [E]
     node_valid: jax.Array  # bool [N]
     neighbours: Neighbours | None = None
+    words: Words | None = None
 
 
 def attention_weights(logits: jax.Array, graph: Graph) -> jax.Array:
@@ -133,20 +135,29 @@ class GatLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, graph: Graph, key: jax.Array | None = None, train: bool = False, rows: jax.Array | None = None
+        self, x: jax.Array | MaskedWords, graph: Graph, key: jax.Array | None = None, train: bool = False, rows: jax.Array | None = None
     ) -> jax.Array:
-        """[N, in] -> [N, heads * width], or of the nodes `rows` int32 [m] alone [m, heads * width]. `key` None: no dropout."""
+        """[N, in] -> [N, heads * width], or of the nodes `rows` int32 [m] alone [m, heads * width]. `key` None: no dropout.
+
+        `MaskedWords` [N, in] are multiplied by the kernel first; a layer with `residual` refuses them (UserError).
+        """
         inputs, shape = x.shape[-1], (self.heads, self.width)
         kernel = self.param("kernel", lambda key: relu_xavier_normal(key, (inputs, self.heads * self.width)).reshape(inputs, *shape))
         source, target = (self.param(name, _attention_init, shape) for name in ("source", "target"))
         bias = self.param("bias", nn.initializers.zeros, (self.heads * self.width,))
-        x = dropout(x, self.input_dropout, fold(key, 0))
-        narrow = self.heads == 1 and inputs < self.width
+        narrow = not isinstance(x, MaskedWords) and self.heads == 1 and inputs < self.width
+        if isinstance(x, MaskedWords):
+            if self.residual:
+                raise UserError("a layer with `residual` needs its input whole, not as MaskedWords")
+            product = x.product(kernel.reshape(inputs, -1), lambda part, key: dropout(part, self.input_dropout, key), fold(key, 0))
+            values = product.reshape(-1, *shape)  # [N, H, width]
+            x = x.features
+        else:
+            x = dropout(x, self.input_dropout, fold(key, 0))
+            values = x[:, None] if narrow else jnp.tensordot(x, kernel, 1)  # [N, 1, in] or [N, H, width]
         if narrow:
-            values = x[:, None]  # [N, 1, in]
             left, right = (x @ (kernel * vector).sum(-1) for vector in (source, target))  # [N, 1]
         else:
-            values = jnp.tensordot(x, kernel, 1)  # [N, H, width]
             left, right = ((values * vector).sum(-1) for vector in (source, target))  # [N, H]
         logits = jax.nn.leaky_relu(left[graph.senders] + right[graph.receivers], self.negative_slope)  # [E, H]
         weights = attention_weights(logits, graph)
@@ -237,20 +248,22 @@ class GraphEncoder(nn.Module):
     activation: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, graph: Graph, key: jax.Array | None = None, train: bool = False) -> list[jax.Array]:
-        """[N, in] -> the output [N, width] of every layer."""
+    def __call__(self, x: jax.Array | MaskedWords, graph: Graph, key: jax.Array | None = None, train: bool = False) -> list[jax.Array]:
+        """[N, in] (`MaskedWords` for GAT alone) -> the output [N, width] of every layer."""
         outputs: list[jax.Array] = []
         for number in range(self.depth):
-            layer: GatLayer | GinLayer
             shared: dict[str, Any] = {"residual": self.residual, "norm": self.norm, "name": f"layer_{number}"}
             if self.kind == "gat":
                 activation = "none" if self.depth == 1 else self.activation
                 rates = (self.input_dropout, self.attention_dropout, self.negative_slope)
-                layer = GatLayer(self.heads, self.width // self.heads, *rates, activation=activation, **shared)
+                gat = GatLayer(self.heads, self.width // self.heads, *rates, activation=activation, **shared)
+                x = gat(x, graph, fold(key, number), train)
             else:
                 outer = number < self.depth - 1 or self.norm != "none"
-                layer = GinLayer(self.width, self.width, self.input_dropout, activation=self.activation, outer=outer, **shared)
-            x = layer(x, graph, fold(key, number), train)
+                if isinstance(x, MaskedWords):
+                    raise UserError("a GIN layer sums its inputs over neighbours and needs them whole, not as MaskedWords")
+                gin = GinLayer(self.width, self.width, self.input_dropout, activation=self.activation, outer=outer, **shared)
+                x = gin(x, graph, fold(key, number), train)
             outputs.append(x)
         return outputs
 

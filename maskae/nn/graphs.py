@@ -98,7 +98,7 @@ def neighbour_tables(
     reverse[chosen] = chosen[_reverse_edges(source[chosen], destination[chosen])]
     by_destination = chosen[np.argsort(destination[chosen], kind="stable")]
     degree = np.bincount(destination[chosen], minlength=node_count)
-    edges, nodes = _fill_tables(by_destination, degree, source.size, columns)
+    edges, nodes = fill_tables(by_destination, degree, source.size, columns)
 
     place = np.full(node_count, sum(map(len, nodes)))
     slots = np.full(source.size, sum(table.size for table in edges))
@@ -144,10 +144,10 @@ def aggregate_neighbours(values: jax.Array, weights: jax.Array, neighbours: Neig
     sums = []
     for edges, sources in zip(neighbours.edges, neighbours.sources, strict=True):
         slot_weights = weights.astype(wide).at[edges].get(mode="fill", fill_value=0)  # [K, R, H]
-        sums.append(_sum_slots(values.astype(wide), slot_weights, sources))  # [R, H, D]
+        sums.append(sum_slots(values.astype(wide), slot_weights, sources))  # [R, H, D]
     if not sums:
         return jnp.zeros_like(values)
-    return _side_by_side(sums).at[neighbours.columns].get(mode="fill", fill_value=0).astype(values.dtype)  # [N, H, D]
+    return side_by_side(sums).at[neighbours.columns].get(mode="fill", fill_value=0).astype(values.dtype)  # [N, H, D]
 
 
 def _forward(values: jax.Array, weights: jax.Array, neighbours: Neighbours) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Neighbours]]:
@@ -168,14 +168,14 @@ def _backward(saved: tuple[jax.Array, jax.Array, Neighbours], cotangent: jax.Arr
         _slot_products(split_values, split_cotangent[members], sources).reshape(-1, heads, pieces)  # [K * R, H, pieces]
         for members, sources in zip(neighbours.nodes, neighbours.sources, strict=True)
     ]
-    weights_gradient = _side_by_side(products).sum(-1).at[neighbours.slots].get(mode="fill", fill_value=0)  # [E, H]
+    weights_gradient = side_by_side(products).sum(-1).at[neighbours.slots].get(mode="fill", fill_value=0)  # [E, H]
     return values_gradient, weights_gradient.astype(weights.dtype), None
 
 
 aggregate_neighbours.defvjp(_forward, _backward)
 
 
-def _side_by_side(parts: list[jax.Array]) -> jax.Array:
+def side_by_side(parts: list[jax.Array]) -> jax.Array:
     """Concatenation along axis 0, written part by part.
 
     On a CPU `jnp.concatenate` made the sums before it eight times slower with one head (2,708 nodes of width 512).
@@ -188,7 +188,7 @@ def _side_by_side(parts: list[jax.Array]) -> jax.Array:
     return total
 
 
-def _sum_slots(values: jax.Array, weights: jax.Array, sources: jax.Array) -> jax.Array:
+def sum_slots(values: jax.Array, weights: jax.Array, sources: jax.Array) -> jax.Array:
     """Sum over slots of weights [K, R, H] times values [N, H, D] at sources [K, R] -> [R, H, D].
 
     Written out slot by slot: a reduction over K took six times as long on a CPU, a batched product three times.
@@ -235,7 +235,7 @@ def _reverse_edges(source: np.ndarray, destination: np.ndarray) -> np.ndarray:
     return reverse
 
 
-def _fill_tables(
+def fill_tables(
     by_destination: np.ndarray, degree: np.ndarray, empty: int, columns: Mapping[int, int] | None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tables [K, R] of the edges sorted by destination, and the node of each column [R]; `empty` marks slots without an edge."""

@@ -12,13 +12,17 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from maskae.data.spec import DataSpec
 from maskae.errors import UserError, nearest
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.flops import linear_flops
 from maskae.nn.graph_batch import Nodes, drop_edges, flatten_graphs, unpack_nodes, with_packing
 from maskae.nn.graph_layers import ACTIVATIONS, NORMS, GatLayer, GinLayer, Graph, GraphEncoder, MlpDecoder, TorchLinear, fold
 from maskae.nn.node_masks import NodeMask, corrupt, draw_node_mask
+from maskae.nn.sparse_nodes import MaskedWords
+from maskae.plots import draw_embedding
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 
 ENCODERS = ("gat", "gin")
@@ -126,7 +130,7 @@ class GraphMae:
             statistics |= {name: made["batch_stats"]} if "batch_stats" in made else {}
         return Variables(params, {"batch_stats": statistics} if statistics else {})
 
-    def apply(self, name: str, params: Params, state: State, x: jax.Array, *inputs: Any, **options: Any) -> tuple[Any, State]:
+    def apply(self, name: str, params: Params, state: State, x: jax.Array | MaskedWords, *inputs: Any, **options: Any) -> tuple[Any, State]:
         """One of `modules` on nodes [N, ...], and the state with its moved batch statistics."""
         module = self.modules(params["mask_token"].shape[-1])[name]
         statistics = state.get("batch_stats", {})
@@ -135,7 +139,7 @@ class GraphMae:
         return out, {"batch_stats": statistics | {name: moved["batch_stats"]}} if moved.get("batch_stats") else state
 
     def encode(
-        self, params: Params, state: State, x: jax.Array, graph: Graph, key: jax.Array | None = None, train: bool = False
+        self, params: Params, state: State, x: jax.Array | MaskedWords, graph: Graph, key: jax.Array | None = None, train: bool = False
     ) -> tuple[list[jax.Array], State]:
         """Node features [N, D] -> the output [N, width] of every layer, and the state."""
         return self.apply("encoder", params, state, x, graph, key, train)
@@ -174,7 +178,12 @@ class GraphMae:
         if key is not None and self.edge_drop_rate > 0:
             draws = jax.random.uniform(jax.random.fold_in(key, 2), graph.edge_valid.shape)
             seen = drop_edges(graph, draws, self.edge_drop_rate)
-        hidden, state = self.encode(params, state, corrupt(x, mask, params["mask_token"]), seen, fold(key, 0), train=True)
+        corrupted: jax.Array | MaskedWords
+        if graph.words is None or self.encoder != "gat" or self.residual:
+            corrupted = corrupt(x, mask, params["mask_token"])
+        else:
+            corrupted = MaskedWords(x, mask, params["mask_token"], graph.words)
+        hidden, state = self.encode(params, state, corrupted, seen, fold(key, 0), train=True)
         named, state = self.decode(params, state, hidden, graph, mask, fold(key, 1), mask.nodes)
         return self.error(named["recon"], x[mask.nodes], mask.counted), state
 
@@ -219,6 +228,18 @@ class GraphMae:
         """The node features themselves, pooled over each graph: what an encoder must beat."""
         nodes = jnp.where(batch["node_mask"][..., None], self.inputs(batch).reshape(batch["nodes"].shape), 0)
         return {"pooled": pool_nodes(nodes, batch["node_mask"], self.pool)}
+
+    def draw(self, params: Params, state: State, batch: Batch, rng: jax.Array, spec: DataSpec) -> dict[str, np.ndarray]:
+        """A map of what is classified, coloured by class: the nodes where they have labels, else the graphs of the batch."""
+        found = {name: np.asarray(value) for name, value in jax.jit(self.features)(params, state, batch).items()}
+        if "node_label" in found:
+            real = np.asarray(batch["node_mask"])
+            return {"classes": draw_embedding(found["tokens"][real], found["node_label"][real], title="nodes by class")}
+        kept = np.asarray(batch["valid"]) if "valid" in batch else np.ones(len(found["pooled"]), bool)
+        if kept.sum() < 2:
+            return {}
+        labels = np.asarray(batch["label"])[kept]
+        return {"classes": draw_embedding(found["pooled"][kept], labels, title="graphs by class", names=spec.class_names)}
 
     def forward_flops(self, batch: Batch) -> float:
         """Linear maps over all nodes; the decoder's last one over the masked nodes alone where that gives the same loss."""
