@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_sizes_and_flops_of_the_paper() -> None:
     params = jax.eval_shape(paper.init, jax.random.key(0), {}).params
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in params.items()}
     assert count == {"encoder": 85_647_360, "fusion": 144} | {f"adaptor_{layer}": 768 * 769 for layer in range(7, 12)}
-    batch = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)}
+    batch: Any = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)}
     assert paper.forward_flops(batch) == pytest.approx(2e9 * (5.19 + 0.17 + 17.56), rel=1e-3)
     assert paper.train_flops(batch) == pytest.approx(67.3e9, rel=2e-3)
     assert paper.kept(paper.grid) == 58
@@ -92,7 +93,7 @@ def test_the_order_of_kept_patches_does_not_matter() -> None:
     chance = dataclasses.replace(ALIGN, masker="random")
     noise = jnp.argsort(jnp.argsort(DRAWS, axis=1), axis=1)
     reversed_order = jnp.where(noise < keep, keep - 1 - noise, noise)
-    run = jax.jit(lambda n: loss_of(chance, *VARIABLES, n))
+    run = jax.jit(lambda n: loss_of(chance, VARIABLES.params, VARIABLES.state, n))
     assert float(run(reversed_order)) == pytest.approx(float(run(noise)), rel=1e-5)
     assert float(run(-noise)) != pytest.approx(float(run(noise)), rel=1e-5)
 
@@ -137,7 +138,7 @@ def test_panels_show_what_the_teacher_looks_at() -> None:
     np.testing.assert_array_equal(panels["original"], BATCH["image"])
 
 
-def test_the_papers_code_gives_the_same_features_and_losses(shared) -> None:
+def test_the_papers_code_gives_the_same_features_and_losses(shared: Path) -> None:
     case = Case.read(shared / "goldens" / "mask_align" / "a")
     system = interop.system_of(case)
     variables = Variables(interop.student_of(case, system), interop.recorded_teacher(case, system))

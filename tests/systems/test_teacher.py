@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_images_are_resized_and_renormalised() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "layout"), [("clip", "clip"), ("vit", "huggingface"), ("vit", "timm")])
-def test_weights_are_read_from_a_file(architecture: str, layout: str, tmp_path) -> None:
+def test_weights_are_read_from_a_file(architecture: str, layout: str, tmp_path: Path) -> None:
     teacher = Teacher((4, 4), architecture=architecture, weights=str(tmp_path / "w.safetensors"), **SIZES)
     given = jax.tree.map(lambda x: x + 0.01, jax.jit(teacher.init)(jax.random.key(3)))
     if architecture == "clip":
@@ -112,7 +113,7 @@ def test_weights_come_from_a_stage_with_fixed_positions() -> None:
         teacher.read(PARAMS, headless)
 
 
-def test_what_cannot_teach_is_refused(tmp_path) -> None:
+def test_what_cannot_teach_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the teacher has no weights"):
         TEACHER.read(PARAMS, None)
     with pytest.raises(UserError, match="is a folder"):
