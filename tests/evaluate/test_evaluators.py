@@ -13,6 +13,7 @@ from maskae.errors import UserError
 from maskae.evaluate import EVALUATORS, Evaluator, Features, has_labels, make_evaluators, needed_keys, run
 from maskae.evaluate.knn import knn_accuracy
 
+# Those that read nothing but features and labels; evaluators of a kind of data have tests of their own.
 SMALL = {
     "accuracy": {},
     "attentive": {"epochs": 1, "heads": 2},
@@ -35,7 +36,7 @@ def splits(blobs: Callable[..., Features]) -> tuple[Features, Features]:
 
 def test_all_metrics_of_all_evaluators_have_names_that_say_what_they_are(splits: tuple[Features, Features]) -> None:
     evaluators = make_evaluators(SMALL)
-    assert set(evaluators) == set(EVALUATORS)
+    assert set(evaluators) <= set(EVALUATORS)
     assert all(isinstance(evaluator, Evaluator) for evaluator in evaluators.values())
     assert needed_keys(evaluators) == ("logits", "tokens", "pooled")
     metrics = run(evaluators, *splits)
@@ -51,7 +52,7 @@ def test_all_metrics_of_all_evaluators_have_names_that_say_what_they_are(splits:
     assert all(type(value) is float and np.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", sorted(EVALUATORS))
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_pure_function_of_features_and_seed(name: str, splits: tuple[Features, Features]) -> None:
     evaluator = make_evaluators({name: SMALL[name]})[name]
     before = [{key: array.copy() for key, array in split.items()} for split in splits]
@@ -105,7 +106,7 @@ def test_arguments_take_the_form_of_their_defaults() -> None:
     assert made["logistic"].labels_per_class is None
 
 
-@pytest.mark.parametrize("name", sorted(EVALUATORS))
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_missing_labels(name: str, splits: tuple[Features, Features], caplog: pytest.LogCaptureFixture) -> None:
     train, val = splits
     evaluators = make_evaluators({name: SMALL[name]})
@@ -124,7 +125,7 @@ def test_missing_labels(name: str, splits: tuple[Features, Features], caplog: py
     assert f"'{name}' is left out" in caplog.text
 
 
-@pytest.mark.parametrize("name", sorted(EVALUATORS))
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_unusable_features(name: str, splits: tuple[Features, Features]) -> None:
     train, val = splits
     evaluator = make_evaluators({name: SMALL[name]})[name]

@@ -1,8 +1,10 @@
 """The table of systems that the five common tests run through, a row each, and their recorded loss curves.
 
+    pytest -n 0 -m slow tests/systems/test_every_system.py [-k NAME]
     python -m tests.systems.cases mae
 
-writes `tests/refs/systems/mae.json`, the losses that a run of the row must give again; an old one must be removed first.
+The first runs the rows that are not in `FAST`, since the suite's time is limited. The second writes `tests/refs/systems/mae.json`, the
+losses that a run of the row must give again; an old one must be removed first.
 """
 
 from __future__ import annotations
@@ -242,6 +244,10 @@ CASES: dict[str, Case] = {
         stages=(10, 10),
     ),
 }
+
+
+# One of each kind: patches, a whole graph, two stages on a graph, vectors, and a stage that takes the one before as a frozen teacher.
+FAST = ("mae", "graph_mae", "scgc", "regularized_ae", "mask_align")
 
 
 def overrides_of(case: Case) -> list[str]:

@@ -21,12 +21,12 @@ from maskae.experiment import Experiment, build
 from maskae.merging import stage_config
 from maskae.mesh import make_mesh
 from maskae.systems import SYSTEMS
-from tests.systems.cases import CASES, DATA, REFERENCES, Case, folders, load, losses_in
+from tests.systems.cases import CASES, DATA, FAST, REFERENCES, Case, folders, load, losses_in
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.fixture(params=sorted(CASES))
+@pytest.fixture(params=[row if row in FAST else pytest.param(row, marks=pytest.mark.slow) for row in sorted(CASES)])
 def name(request) -> str:
     """Every row of the table; those that read real data are skipped where it is absent."""
     case = CASES[request.param]

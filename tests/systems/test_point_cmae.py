@@ -260,7 +260,7 @@ def test_point_mae_layout_names_every_parameter_and_classifiers_start_from_its_f
     jax.tree.map(np.testing.assert_array_equal, tuple(again), tuple(fresh))
     save_file(names, tmp_path / "official.safetensors")
     classifier = PointClassifier(**SMALL, num_classes=3, points=24, frozen=True)
-    own = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(classifier.init, jax.random.key(0), {}))
+    own = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(classifier.init, jax.random.key(0), {}))
     started = start_from(classifier, own, tmp_path / "official.safetensors")
     np.testing.assert_array_equal(started.state["encoder"]["norm"]["scale"], fresh.params["encoder"]["norm"]["scale"])
     given = fresh.state[STATISTICS]["encoder"]["tokenizer"]["local_norm"]["mean"]

@@ -165,6 +165,8 @@ def test_a_missing_value_is_neither_read_nor_reconstructed() -> None:
     np.testing.assert_array_equal(loss_of(PARAMS, other)[0], loss_of(PARAMS, ROWS.table)[0])
 
 
+# pytest -n 0 -m slow tests/systems/test_tip.py
+@pytest.mark.slow
 def test_a_copied_column_is_reconstructed() -> None:
     columns = Columns((4, 4), 0)
     encoder, predictor = TableEncoder(columns, 16, 1, 2), CellPredictor(columns)

@@ -118,6 +118,8 @@ def test_losses_vanish_where_the_images_are_equal(system, variables, batch):
     assert float(inverted) < 0.5
 
 
+# pytest -n 0 -m slow tests/systems/test_vec2face.py
+@pytest.mark.slow
 def test_the_discriminator_waits_and_each_network_gets_its_own_gradient(system, variables, batch, gradient):
     waiting, active = gradient(variables.params, 4), gradient(variables.params, 5)
     assert all(not leaf.any() for leaf in jax.tree.leaves(waiting["discriminator"]))
