@@ -8,7 +8,7 @@
           (3.47 = ln 32 at every level), so the paper's retrieval between the modalities is NOT reproduced in this budget.
           Untrained, top-1 of both / video / sound: logistic 0.630 / 0.373 / 0.543, kNN 0.303 / 0.283 / 0.297.
 `:fight`  155 surveillance clips with sound, fight or none, 40 % held out. Not run.
-`:base`   HiCMAE-B on VoxCeleb2's 1.09 million talking faces, 100 epochs: 9.9e18 multiply-adds, 5 days on 4 V100 in the paper. The clips
+`:base`   HiCMAE-B on VoxCeleb2's 1.09 million talking faces, 100 epochs: 9.9e18 FLOP, 5 days on 4 V100 in the paper. The clips
           must lie as files of 160 x 160 pixels (rows 0 to 159, columns 32 to 191 of the 224 x 224 ones), their sound as WAV beside them.
           Not run, not compiled for an accelerator. `:small` HiCMAE-S. The paper, fine-tuned (WAR): CREMA-D 84.89, MAFW 56.17.
 """
