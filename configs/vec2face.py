@@ -7,7 +7,8 @@ its vectors and, late, the discriminator with it. A folder of faces sorted by pe
 --config.data.source=folder:faces with `:base`'s sizes, or --config.data.image_size and the models' `image_size` of one's own.
 
 `:tiny`   scikit-learn's digits as ten identities. Stage 1, 300 steps of 64: 0.989 of the validation digits are recognised (seed 0). Stage 2
-          was not run to its end: there are no figures of similarity, PSNR or variation yet.
+          was not run to its end. After 30 steps of each stage (seed 0): similarity to the own vector 0.821, to strangers' -0.059, 0.869
+          recognised (originals 0.947), PSNR 12.9 (mean image 11.3).
 `:base`   112-pixel crops of 50,000 people; ResNet-100 and LPIPS from files, no stage 1: --config.model.face_weights=r100.safetensors
           --config.model.perceptual_weights=lpips_vgg.safetensors. 2.2e19 FLOP. Neither run nor compiled for a TPU. The paper: 0.5 M images
           of its HSFace10K train a recogniser to 92.00 % (mean of five sets), real CASIA-WebFace to 94.79.
