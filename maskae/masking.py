@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 
 MOVES = ("auto", "gather", "one_hot")
 # The largest n * L for which the product with a one-hot matrix is estimated to be faster on TPU than the gather.
@@ -90,8 +90,7 @@ def restore_tokens(kept: jax.Array, mask_token: jax.Array, restore: jax.Array, i
 
 
 def _move(implementation: str, pairs: int, gather: Move, one_hot: Move, *arrays: jax.Array) -> jax.Array:
-    if implementation not in MOVES:
-        raise UserError(f"unknown token move '{implementation}'{nearest(implementation, MOVES)}; there are {', '.join(MOVES)}")
+    check_choice("token move", implementation, MOVES)
     if implementation == "one_hot":
         return one_hot(*arrays)
     if implementation == "gather" or pairs > MOST_PAIRS:

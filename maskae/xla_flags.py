@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskae.errors import UserError, nearest
+from maskae.errors import check_choice
 
 TPU_VARIABLE = "LIBTPU_INIT_ARGS"
 GPU_VARIABLE = "XLA_FLAGS"
@@ -108,8 +108,7 @@ def flags_for(chip: str, slices: int = 1) -> list[Flag]:
 
     Raises UserError for an unknown generation.
     """
-    if chip not in FLAGS:
-        raise UserError(f"unknown chip '{chip}'{nearest(chip, FLAGS)}; there are {', '.join(FLAGS)}")
+    check_choice("chip", chip, FLAGS)
     between_slices = _SLICES if slices > 1 and chip in TPU_CHIPS else ()
     return [*FLAGS[chip], *between_slices]
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from maskae.data.resizing import interpolation_filter
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 
 MAX_MAGNITUDE = 10.0
 IMAGENET_FILL = (124, 116, 104)  # round(255 * ImageNet's mean)
@@ -79,8 +79,7 @@ def operation_argument(name: str, magnitude: float, sign: int = 1) -> float | No
     }
     if name in arguments:
         return arguments[name]
-    if name not in OPERATIONS:
-        raise UserError(f"unknown RandAugment operation '{name}'{nearest(name, OPERATIONS)}; there are {', '.join(OPERATIONS)}")
+    check_choice("RandAugment operation", name, OPERATIONS)
     return 1.0 + sign * level * 0.9
 
 
@@ -108,8 +107,7 @@ def apply_operation(
     image: uint8 [H, W, C], C 1 or 3; same shape back. `fill` is the colour of what comes in from outside (its mean for one channel).
     Raises UserError for an unknown name.
     """
-    if name not in OPERATIONS:
-        raise UserError(f"unknown RandAugment operation '{name}'{nearest(name, OPERATIONS)}; there are {', '.join(OPERATIONS)}")
+    check_choice("RandAugment operation", name, OPERATIONS)
     picture = _to_pil(image)
     colour: Fill = tuple(fill) if picture.mode == "RGB" else round(sum(fill) / len(fill))
     return _from_pil(OPERATIONS[name](picture, 0.0 if argument is None else argument, colour, interpolation_filter(interpolation)))

@@ -21,7 +21,7 @@ from maskae.data.contract import Record, Source, SourceArguments
 from maskae.data.graph_files import NodeGraph
 from maskae.data.graphs import NodeGraphSource, fields_of, read_node_graph
 from maskae.data.spec import LABEL, DataSpec, Field, split_hash
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 
 SIMILARITIES = ("heat", "cos", "ncos")
 
@@ -137,8 +137,7 @@ def knn_edges(features: np.ndarray, count: int, similarity: str = "heat") -> np.
     similarity: "heat" is exp(-|x - y|^2 / 2), taken as the distance itself, which has the same order and does not underflow; "cos" the
     number of words that both rows have; "ncos" the same with rows of words divided by their number. Raises UserError.
     """
-    if similarity not in SIMILARITIES:
-        raise UserError(f"unknown similarity '{similarity}'{nearest(similarity, SIMILARITIES)}; there are {', '.join(SIMILARITIES)}")
+    check_choice("similarity", similarity, SIMILARITIES)
     rows = features.astype(np.float64)
     if not 0 < count < len(rows):
         raise UserError(f"{count} nearest others of {len(rows)} rows: there must be more rows")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maskae.errors import UserError, nearest
+from maskae.errors import check_choice
 
 try:
     import cykooz_resizer as simd
@@ -39,8 +39,7 @@ _thread = threading.local()
 
 def interpolation_filter(name: str) -> Image.Resampling:
     """PIL's filter of that name. Raises UserError for an unknown one."""
-    if name not in INTERPOLATIONS:
-        raise UserError(f"unknown interpolation '{name}'{nearest(name, INTERPOLATIONS)}; there are {', '.join(INTERPOLATIONS)}")
+    check_choice("interpolation", name, INTERPOLATIONS)
     return INTERPOLATIONS[name]
 
 

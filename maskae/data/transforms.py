@@ -18,7 +18,7 @@ import numpy as np
 from maskae.data import augment, crops
 from maskae.data.images import Box, Picture
 from maskae.data.resizing import interpolation_filter
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice, nearest
 
 Pair = tuple[float, float]
 DEFAULT_RATIO = (3 / 4, 4 / 3)
@@ -229,8 +229,7 @@ class Transform:
 
 def make_step(name: str, arguments: Mapping[str, Any]) -> Any:
     """One step by its name. Raises UserError for an unknown step or argument, a missing one, or a value out of range."""
-    if name not in STEPS:
-        raise UserError(f"unknown transform '{name}'{nearest(name, STEPS)}; there are {', '.join(STEPS)}")
+    check_choice("transform", name, STEPS)
     known = {f.name: f for f in dataclasses.fields(STEPS[name])}
     for argument in arguments:
         if argument not in known:

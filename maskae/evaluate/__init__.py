@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice, nearest
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
@@ -74,8 +74,7 @@ def make_evaluators(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Eva
     """
     evaluators = {}
     for name, given in arguments.items():
-        if name not in EVALUATORS:
-            raise UserError(f"unknown evaluator '{name}'{nearest(name, EVALUATORS)}; there are {', '.join(EVALUATORS)}")
+        check_choice("evaluator", name, EVALUATORS)
         fields = {field.name: field for field in dataclasses.fields(EVALUATORS[name])}
         for argument in given:
             if argument not in fields:

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice, nearest
 from maskae.evaluate.evaluators import OverFeatures, check_positive
 from maskae.evaluate.features import Features, standardise
 from maskae.evaluate.threads import limited_threads
@@ -32,8 +32,7 @@ def draw_fraction(labels: np.ndarray, fraction: float, seed: int, sampler: str) 
     Raises:
         UserError: a sampler that does not exist, or no row left.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}'{nearest(sampler, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
+    check_choice("sampler", sampler, SAMPLERS)
     generator = np.random.default_rng(seed)
     if sampler == "stratified":
         rows = []

@@ -10,9 +10,8 @@ import numpy as np
 
 from maskae.interop.case import Case, Reproduced, exact
 from maskae.interop.graph_mae_layout import MOLECULES, gradient_outputs, load_variables, official_names
-from maskae.nn.graph_batch import add_self_loops
+from maskae.nn.graph_batch import add_self_loops, pool_nodes
 from maskae.nn.graph_layers import Graph
-from maskae.systems.graph_mae import pool_nodes
 from maskae.systems.graph_mae_molecules import ATOM_TYPES, SELF_LOOP, GraphMaeMolecules
 
 

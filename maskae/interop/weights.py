@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.interop import vit
 from maskae.interop.conv_layout import MCMAE
 from maskae.interop.layout import Flat, Geometry, Layout, LoadReport, from_foreign, to_foreign
@@ -40,8 +40,7 @@ def read_tensors(path: str | Path) -> tuple[Flat, dict[str, str]]:
 
 def layout_called(name: str) -> Layout:
     """The layout of that name. Raises UserError where there is none."""
-    if name not in LAYOUTS:
-        raise UserError(f"unknown layout '{name}'{nearest(name, LAYOUTS)}; there are {', '.join(LAYOUTS)}")
+    check_choice("layout", name, LAYOUTS)
     return LAYOUTS[name]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.kernels.attention_reference import attend, attend_plainly, is_plain
 from maskae.kernels.choice import choose
 from maskae.kernels.operands import IMPLEMENTATIONS, Operands, Options, feature_names
@@ -97,8 +97,7 @@ def _device_kind() -> str:
 
 def check_implementation(name: str) -> None:
     """Raises UserError for an unknown name."""
-    if name not in IMPLEMENTATIONS:
-        raise UserError(f"unknown attention '{name}'{nearest(name, IMPLEMENTATIONS)}; there are {', '.join(IMPLEMENTATIONS)}")
+    check_choice("attention", name, IMPLEMENTATIONS)
 
 
 def check_cudnn(dtype: Any) -> None:

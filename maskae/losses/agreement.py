@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 
 PAIRINGS = ("matched", "all")
 SMALLEST_NORM = 1e-12
@@ -32,8 +32,7 @@ def token_agreement(first: jax.Array, second: jax.Array, counted: jax.Array, pai
     Raises:
         UserError: where shapes do not fit or the pairing is unknown.
     """
-    if pairing not in PAIRINGS:
-        raise UserError(f"unknown pairing '{pairing}'{nearest(pairing, PAIRINGS)}; there are {', '.join(PAIRINGS)}")
+    check_choice("pairing", pairing, PAIRINGS)
     if first.shape != second.shape or first.shape[:-1] != counted.shape:
         raise UserError(f"tokens of shapes {first.shape} and {second.shape} with counted {counted.shape}; want [B, N, D] twice and [B, N]")
     other = unit(second)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from maskae.data.device import flip
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.nn.batch_norm import at_least_float32
 
 __all__ = [
@@ -106,8 +106,7 @@ def random_resized_crop(
 
     See `draw_crop_boxes` for `scale` and `ratio`; `method` is "bilinear" or "bicubic". Raises UserError for another one.
     """
-    if method not in RESIZINGS:
-        raise UserError(f"unknown resizing '{method}'{nearest(method, RESIZINGS)}; there are {', '.join(RESIZINGS)}")
+    check_choice("resizing", method, RESIZINGS)
     target = (size, size) if isinstance(size, int) else (size[0], size[1])
     boxes = draw_crop_boxes(example, key, (images.shape[1], images.shape[2]), scale, ratio)
     return resized_boxes(images, boxes, target, method)
@@ -263,8 +262,7 @@ def color_jitter(
     `order` "random" is drawn per image; "fixed" is brightness, contrast, saturation, hue (and a quarter of the work). Raises UserError for
     another one.
     """
-    if order not in ORDERS:
-        raise UserError(f"unknown order '{order}'{nearest(order, ORDERS)}; there are {', '.join(ORDERS)}")
+    check_choice("order", order, ORDERS)
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
     active = [name for name in JITTERS if strengths[name]]
     if not active:

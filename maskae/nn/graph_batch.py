@@ -111,3 +111,12 @@ def unpack_nodes(rows: jax.Array, node_valid: jax.Array) -> jax.Array:
     """Rows [node_budget, D] of a packed graph back in the places of its nodes [N, D], zeros at padding."""
     places = jnp.clip(jnp.cumsum(node_valid) - 1, 0, rows.shape[0] - 1)
     return jnp.where(node_valid[:, None], rows[places], 0)
+
+
+def pool_nodes(tokens: jax.Array, node_mask: jax.Array, pool: str) -> jax.Array:
+    """Mean, maximum or sum over the real nodes of each graph: [B, N, D] with zeros at padding -> [B, D]; 0 for a graph without nodes."""
+    if pool == "max":
+        highest = jnp.where(node_mask[..., None], tokens, -jnp.inf).max(1)
+        return jnp.where(node_mask.any(1)[:, None], highest, 0)
+    total = tokens.sum(1)
+    return total if pool == "sum" else total / jnp.maximum(node_mask.sum(1), 1)[:, None]

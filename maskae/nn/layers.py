@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.kernels.attention import attention, check_cudnn, check_implementation
 from maskae.kernels.attention_cpu import plain_attention
 from maskae.kernels.operands import IMPLEMENTATIONS
@@ -97,8 +97,7 @@ class QkvProjection(nn.Module):
         width = x.shape[-1]
         if width % self.heads:
             raise UserError(f"{self.heads} heads do not divide a width of {width}")
-        if self.bias_of not in QKV_BIASES:
-            raise UserError(f"unknown qkv bias '{self.bias_of}'{nearest(self.bias_of, QKV_BIASES)}; there are {', '.join(QKV_BIASES)}")
+        check_choice("qkv bias", self.bias_of, QKV_BIASES)
         shape = (self.heads, width // self.heads)
         kernel = self.param("kernel", lambda key: self.kernel_init(key, (width, 3 * width), jnp.float32).reshape(width, 3, *shape))
         qkv = jnp.einsum("bnd,dchk->cbnhk", x, kernel.astype(self.dtype))  # [3, B, N, heads, head_dim]

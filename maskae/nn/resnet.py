@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.layers import drop_path
 from maskae.nn.sharding import constrain
@@ -175,8 +175,7 @@ class ResNet(nn.Module):
         """Refuse what cannot work. Raises UserError."""
         words = (("block", self.style.block, BLOCKS), ("stem", self.stem, STEMS), ("padding", self.style.padding, PADDINGS))
         for name, value, known in words:
-            if value not in known:
-                raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
+            check_choice(name, value, known)
         for name, values in (("channels", self.channels), ("strides", self.strides), ("outputs", self.outputs or self.channels)):
             if len(values) < len(self.layers):
                 raise UserError(f"{name}={tuple(values)} has fewer values than layers={tuple(self.layers)}")
@@ -256,8 +255,7 @@ def scaled(name: str, width_factor: float = 1.0, **options: Any) -> ResNet:
 
     Raises UserError for an unknown name.
     """
-    if name not in SIZES:
-        raise UserError(f"unknown network '{name}'{nearest(name, SIZES)}; there are {', '.join(SIZES)}")
+    check_choice("network", name, SIZES)
     channels = tuple(max(1, round(width_factor * each)) for each in (64, 128, 256, 512))
     size = SIZES[name]
     style = options.pop("style", Style())._replace(block=size["block"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from maskae.errors import UserError, nearest
+from maskae.errors import check_choice
 from maskae.nn import augmentations as pieces
 
 
@@ -88,6 +88,5 @@ VIEWS = {
 
 def view_called(name: str) -> View:
     """The recipe of that name. Raises UserError where there is none."""
-    if name not in VIEWS:
-        raise UserError(f"unknown views '{name}'{nearest(name, VIEWS)}; there are {', '.join(VIEWS)}")
+    check_choice("views", name, VIEWS)
     return VIEWS[name]

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice
 from maskae.nn import augmentations, convnext, resnet
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.layers import DTYPES
 from maskae.nn.resnet import Pyramid
 from maskae.systems.contract import Batch, Params, State, Variables
-from maskae.systems.vit_arguments import check_choice
 
 NETWORKS = (*resnet.SIZES, *convnext.SIZES)
 Network = resnet.ResNet | convnext.ConvNeXt

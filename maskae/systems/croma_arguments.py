@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.masking import keep_count
 from maskae.nn.alibi import alibi_slopes
 from maskae.nn.flops import block_flops, linear_flops
@@ -21,7 +21,6 @@ from maskae.nn.patches import patch_grid
 from maskae.nn.stack import REMAT_POLICIES
 from maskae.nn.vit import MaeDecoder, ViTEncoder
 from maskae.systems.contract import Batch, Params, Variables
-from maskae.systems.vit_arguments import check_choice, check_heads
 
 SENSORS = ("optical", "radar")
 EPSILON = 1e-5

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.data.spec import DataSpec
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.flops import linear_flops
-from maskae.nn.graph_batch import Nodes, drop_edges, flatten_graphs, unpack_nodes, with_packing
+from maskae.nn.graph_batch import Nodes, drop_edges, flatten_graphs, pool_nodes, unpack_nodes, with_packing
 from maskae.nn.graph_layers import ACTIVATIONS, NORMS, GatLayer, GinLayer, Graph, GraphEncoder, MlpDecoder, TorchLinear, fold
 from maskae.nn.node_masks import NodeMask, corrupt, draw_node_mask
 from maskae.nn.sparse_nodes import MaskedWords
@@ -84,10 +84,9 @@ class GraphMae:
         """Refuse what cannot work before anything is built."""
         choices = {"encoder": ENCODERS, "decoder": DECODERS, "activation": ACTIVATIONS, "norm": NORMS, "loss_name": LOSSES, "pool": POOLS}
         for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
-        if self.encoder == "gat" and self.width % self.heads:
-            raise UserError(f"width={self.width} is not a multiple of its {self.heads} heads")
+            check_choice(name, getattr(self, name), known)
+        if self.encoder == "gat":
+            check_heads("width", self.width, self.heads)
         for name in ("mask_rate", "replace_rate", "edge_drop_rate"):
             if not 0 <= getattr(self, name) < 1 or (name == "mask_rate" and self.mask_rate == 0):
                 raise UserError(f"{name}={getattr(self, name)}: it must lie between 0 and 1")
@@ -254,12 +253,3 @@ class GraphMae:
             return layers + bridge + linear_flops(rows, self.width, self.width) + linear_flops(rows, self.width, features)
         rows = masked if self.decoder == "linear" or self.width < features else nodes
         return layers + bridge + linear_flops(rows, self.width, features)
-
-
-def pool_nodes(tokens: jax.Array, node_mask: jax.Array, pool: str) -> jax.Array:
-    """Mean, maximum or sum over the real nodes of each graph: [B, N, D] with zeros at padding -> [B, D]; 0 for a graph without nodes."""
-    if pool == "max":
-        highest = jnp.where(node_mask[..., None], tokens, -jnp.inf).max(1)
-        return jnp.where(node_mask.any(1)[:, None], highest, 0)
-    total = tokens.sum(1)
-    return total if pool == "sum" else total / jnp.maximum(node_mask.sum(1), 1)[:, None]

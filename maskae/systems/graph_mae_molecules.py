@@ -13,15 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.flops import linear_flops
-from maskae.nn.graph_batch import flatten_graphs
+from maskae.nn.graph_batch import flatten_graphs, pool_nodes
 from maskae.nn.graph_layers import Activation, Graph, TorchLinear, dropout, fold, node_norm
 from maskae.nn.layers import xavier
 from maskae.nn.node_masks import truncated_counts
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
-from maskae.systems.graph_mae import POOLS, pool_nodes
+from maskae.systems.graph_mae import POOLS
 
 ATOM_TYPES = 119  # the mask is one more
 CHIRALITIES = 3
@@ -99,8 +99,7 @@ class GraphMaeMolecules:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
-        if self.pool not in POOLS:
-            raise UserError(f"unknown pool '{self.pool}'{nearest(self.pool, POOLS)}; there are {', '.join(POOLS)}")
+        check_choice("pool", self.pool, POOLS)
         if not 0 < self.mask_rate < 1:
             raise UserError(f"mask_rate={self.mask_rate}: it must lie between 0 and 1")
 

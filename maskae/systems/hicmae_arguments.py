@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.nn.audio_visual import FusionEncoder, SkipDecoder
 from maskae.nn.flops import block_flops, cross_block_flops, linear_flops
 from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES, uniform_fan_in
@@ -17,7 +17,6 @@ from maskae.nn.patches import patch_grid
 from maskae.nn.stack import REMAT_POLICIES
 from maskae.nn.vit import TOKEN_STD, ViTEncoder
 from maskae.systems.contract import Batch, Params, Variables
-from maskae.systems.vit_arguments import check_choice, check_heads
 
 MODALITIES = ("video", "audio")
 EPSILON = 1e-6

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
 from maskae.masking import Mask, block_noise, draw_noise, grid_noise, keep_count, random_mask, removed_indices, take_tokens
 from maskae.nn.cross_decoder import CrossDecoder
@@ -21,7 +21,7 @@ from maskae.nn.patches import patchify, unpatchify
 from maskae.nn.sharding import constrain
 from maskae.nn.vit import MaeDecoder, ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
-from maskae.systems.vit_arguments import ViTArguments, check_choice, check_heads
+from maskae.systems.vit_arguments import ViTArguments
 
 MASKERS = ("random", "block", "grid")
 DECODERS = ("self", "cross")

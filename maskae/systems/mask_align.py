@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice
 from maskae.losses.mimicry import DISTANCES, TARGETS, feature_distance, normalise_features
 from maskae.masking import draw_exponentials, draw_noise, keep_count, random_mask, take_tokens, weighted_noise
 from maskae.nn.adaptors import ADAPTORS, Adaptor
@@ -24,7 +24,7 @@ from maskae.nn.sharding import constrain
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.teacher import Teacher, make_teacher
-from maskae.systems.vit_arguments import ViTArguments, check_choice
+from maskae.systems.vit_arguments import ViTArguments
 
 MASKERS = ("attention", "random")
 FUSIONS = ("linear", "sum", "simple")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice
 from maskae.losses.mimicry import feature_distance, normalise_features
 from maskae.masking import draw_exponentials, take_tokens, weighted_noise
 from maskae.nn.adaptors import Adaptor
@@ -22,7 +22,6 @@ from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.mae import Mae
 from maskae.systems.mc_mae import McMae
 from maskae.systems.teacher import Seen, Teacher, make_teacher
-from maskae.systems.vit_arguments import check_choice
 
 FOCUSES = ("attention", "random")
 

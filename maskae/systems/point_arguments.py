@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.nn.augmentations import each
 from maskae.nn.flops import block_flops, linear_flops
 from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES
@@ -17,7 +17,6 @@ from maskae.nn.point_transformer import POSITION_WIDTH, TOKEN_WIDTHS, PointTrans
 from maskae.nn.points import Groups, group_points
 from maskae.nn.stack import REMAT_POLICIES
 from maskae.systems.contract import Batch
-from maskae.systems.vit_arguments import check_choice, check_heads
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.augmentations import each
 from maskae.nn.batch_norm import STATISTICS, BatchNorm
@@ -25,7 +25,6 @@ from maskae.nn.transfer import adopt_parameters
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
 from maskae.systems.point_mae import named_features
-from maskae.systems.vit_arguments import check_choice
 
 HEADS = ("mlp", "linear")
 HEAD_WIDTH = 256

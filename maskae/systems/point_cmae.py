@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import jax
 
+from maskae.errors import check_choice
 from maskae.losses.agreement import PAIRINGS, token_agreement
 from maskae.masking import Mask
 from maskae.systems.point_mae import PointMae
-from maskae.systems.vit_arguments import check_choice
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.losses.chamfer import VARIANTS, chamfer_distance
 from maskae.masking import Mask, draw_noise, random_mask, take_tokens
 from maskae.nn.augmentations import each
@@ -25,7 +25,6 @@ from maskae.nn.points import Groups
 from maskae.point_panels import BLUE, GREY, ORANGE, cloud_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
-from maskae.systems.vit_arguments import check_choice, check_heads
 
 MASKERS = ("random", "block")
 DRAWN = 6

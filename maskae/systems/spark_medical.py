@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice
 from maskae.keys import purpose_key
 from maskae.losses.reconstruction import masked_mean_squared_error, normalise_patches, patch_statistics
 from maskae.masking import draw_noise, random_mask
@@ -23,7 +23,6 @@ from maskae.nn.patches import patchify, unpatchify
 from maskae.nn.unet_decoder import DENSIFY_NORMS, SparkDecoder, doublings
 from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
-from maskae.systems.vit_arguments import check_choice
 
 
 @dataclass(frozen=True)

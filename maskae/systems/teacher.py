@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from maskae.data.spec import IMAGENET_MEAN, IMAGENET_STD
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice, check_heads, nearest
 from maskae.interop.layout import Geometry
 from maskae.interop.weights import load_weights
 from maskae.nn.attention_maps import attention_weights
@@ -27,7 +27,6 @@ from maskae.nn.positions import bicubic_matrix
 from maskae.nn.transfer import adopt_encoder
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Params
-from maskae.systems.vit_arguments import check_choice, check_heads
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

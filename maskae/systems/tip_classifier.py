@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.data.spec import DataSpec
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.flops import linear_flops
 from maskae.nn.heads import ProjectionHead
 from maskae.paths import flatten_paths, map_paths
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.tip import Tip, corrupted_rows, rows_of
-from maskae.systems.vit_arguments import check_choice
 
 ENCODERS = ("encoder", "table", "fusion")
 TRAINED = ("all", "head")

@@ -8,7 +8,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
+from maskae.errors import UserError, check_choice, check_heads
 from maskae.losses.adversarial import DISCRIMINATOR_LOSSES
 from maskae.losses.perceptual import WIDTHS, Vgg
 from maskae.nn.conv_decoder import ConvDecoder
@@ -17,7 +17,6 @@ from maskae.nn.layers import DTYPES
 from maskae.nn.patch_discriminator import PatchDiscriminator
 from maskae.nn.row_mask import MaskRate
 from maskae.nn.vector_autoencoder import VectorAutoencoder
-from maskae.systems.vit_arguments import check_choice, check_heads
 
 PERCEPTUAL = ("vgg", "identity", "none")
 

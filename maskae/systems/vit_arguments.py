@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import check_choice, check_heads
 from maskae.nn.flops import block_flops, linear_flops
 from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES
 from maskae.nn.patches import patch_grid
@@ -17,18 +16,6 @@ from maskae.nn.stack import REMAT_POLICIES
 from maskae.nn.vit import ViTEncoder
 
 POOLS = ("mean", "cls")
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises UserError, with the nearest right word, where argument `name` has a value that is not among those known."""
-    if value not in known:
-        raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
-
-
-def check_heads(name: str, width: int, heads: int) -> None:
-    """Raises UserError where `heads` do not divide the width called `name`."""
-    if width % heads:
-        raise UserError(f"{name}={width} is not a multiple of its {heads} heads")
 
 
 @dataclass(frozen=True)
