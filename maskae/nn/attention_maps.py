@@ -24,8 +24,15 @@ def attention_weights(
         epsilon, qkv_bias: as of the block.
     """
     norm: Any = LayerNorm(epsilon, x.dtype).apply
+    return look_weights(params["attention"]["qkv"], norm({"params": params["norm1"]}, x), heads, rows=rows, qkv_bias=qkv_bias)
+
+
+def look_weights(
+    qkv: dict[str, Any], x: jax.Array, heads: int, *, rows: int | None = None, qkv_bias: str = "all"
+) -> jax.Array:
+    """The same of what an attention itself gets, [B, N, D]: normalised already. `qkv` are the parameters of its projection."""
     project: Any = QkvProjection(heads, qkv_bias, dtype=x.dtype).apply
-    query, key, _ = project({"params": params["attention"]["qkv"]}, norm({"params": params["norm1"]}, x))
+    query, key, _ = project({"params": qkv}, x)
     scores = jnp.einsum("bnhd,bmhd->bhnm", query[:, :rows], key, preferred_element_type=jnp.float32)  # [B, heads, rows, N]
     return jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
 

@@ -71,24 +71,25 @@ class ViTEncoder(nn.Module):
             self.cls_token = self.param("cls_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
         if self.trainable_position:
             self.position = self.param("position", lambda _: jnp.asarray(sincos_2d(self.width, self.grid))[None])
-        self.blocks = [
-            Block(
-                self.heads,
-                self.mlp_ratio,
-                self.qkv_bias,
-                self.layer_scale,
-                ACTIVATIONS[self.activation],
-                epsilon=self.epsilon,
-                attention=self.attention,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )
-            for i in range(self.depth)
-        ]
+        self.blocks = [self.make_block(f"block_{i}") for i in range(self.depth)]
         if self.pre_norm:
             self.before_blocks = LayerNorm(self.epsilon, self.dtype, name="pre_norm")
         if self.final_norm:
             self.norm = LayerNorm(self.epsilon, self.dtype)
+
+    def make_block(self, name: str) -> Block:
+        """The block called `name`; encoders of other blocks have their own."""
+        return Block(
+            self.heads,
+            self.mlp_ratio,
+            self.qkv_bias,
+            self.layer_scale,
+            ACTIVATIONS[self.activation],
+            epsilon=self.epsilon,
+            attention=self.attention,
+            dtype=self.dtype,
+            name=name,
+        )
 
     def position_table(self, grid: tuple[int, int]) -> jax.Array:
         """float32 [1, 1+N, D] for a grid of (rows, columns) patches; the first row is that of CLS."""
