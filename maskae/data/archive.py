@@ -67,7 +67,8 @@ class ArchiveSource:
         return f"{self.path}:{self.files[index]}"
 
 
-def _rows(path: Path, name: str) -> list[dict[str, str]]:
+def read_rows(path: Path, name: str) -> list[dict[str, str]]:
+    """The lines of the table. Raises UserError, which names the source `name`, for a missing column or a label that is no number."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
@@ -88,7 +89,7 @@ def open_archive(arguments: SourceArguments) -> Source:
     for part in (path, folder / TABLE):
         if not part.is_file():
             raise UserError(f"{arguments.name}: no file {part}; archive: reads {ARCHIVE} and {TABLE}")
-    rows = _rows(folder / TABLE, arguments.name)
+    rows = read_rows(folder / TABLE, arguments.name)
     known_files = members(path, arguments.name)
     if absent := [row["file"] for row in rows if row["file"] not in known_files]:
         raise UserError(f"{arguments.name}: {len(absent)} files of {TABLE} are not in {path}, for example {absent[0]}")

@@ -15,7 +15,9 @@ from maskae.data.audio import open_audio
 from maskae.data.clips import open_clips
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, sample_record, stratified_split
 from maskae.data.densities import open_density
+from maskae.data.domains import open_domains
 from maskae.data.folder import open_folder
+from maskae.data.forgeries import open_forgeries
 from maskae.data.graphs import open_graph_set, open_planetoid
 from maskae.data.neighbourhoods import open_neighbourhood, open_node_rows
 from maskae.data.points import open_points
@@ -243,7 +245,9 @@ SOURCES: dict[str, Callable[[SourceArguments], Source]] = {
     "digits": open_digits,
     "digits_table": open_table_of_digits,
     "table_images": open_table_images,
+    "domains": open_domains,
     "folder": open_folder,
+    "forgeries": open_forgeries,
     "archive": open_archive,
     "audio": open_audio,
     "clips": open_clips,
