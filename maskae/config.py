@@ -91,7 +91,8 @@ def default_config() -> ConfigDict:
         "optimizer": {
             "name": "adamw",  # adamw | adam | lamb | lars | sgd | nesterov
             "base_learning_rate": 1.5e-4,  # at batch 256: the rate is this times batch_size / 256
-            "schedule": "cosine",  # after the warm-up: cosine | cosine_inclusive | linear | constant | rsqrt | step
+            "schedule": "cosine",  # after the warm-up: cosine | cosine_inclusive | cosine_restarts | linear | constant | rsqrt | step
+            "schedule_arguments": {},  # of the schedule: period and growth, milestones and factor, timescale; total_steps to end early
             "minimum": 0.0,  # learning rate at the end
             **duration(warmup_percent=5.0),
             "arguments": {},  # of the optimizer: b1, b2, weight_decay (with weight_decay_end: a cosine between), ...

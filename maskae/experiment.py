@@ -26,6 +26,7 @@ from maskae.data.spec import DataSpec, Field
 from maskae.data.transforms import Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
 from maskae.errors import UserError
+from maskae.evaluate.features import to_host
 from maskae.merging import group_of
 from maskae.optim import Optimizer, make_optimizer, partition
 from maskae.schedules import cosine_between, make_schedule, scaled_learning_rate
@@ -87,13 +88,17 @@ class Experiment:
         return dataclasses.replace(partition([*parts, ("", main)]), schedule=main.schedule)
 
     def _optimizer(self, group: ConfigDict, key: str) -> Optimizer:
-        schedule = make_schedule(
-            group.schedule,
-            peak=scaled_learning_rate(group.base_learning_rate, self.config.train.batch_size),
-            total_steps=self._steps(self.config.train, "total", None),
-            warmup_steps=self._steps(group, "warmup", self.total_steps),
-            minimum=group.minimum,
-        )
+        lengths = {"total_steps": self._steps(self.config.train, "total", None), **group.schedule_arguments.to_dict()}
+        try:
+            schedule = make_schedule(
+                group.schedule,
+                peak=scaled_learning_rate(group.base_learning_rate, self.config.train.batch_size),
+                warmup_steps=self._steps(group, "warmup", self.total_steps),
+                minimum=group.minimum,
+                **lengths,
+            )
+        except TypeError as error:
+            raise UserError(f"{key}.schedule_arguments: {error}") from error
         arguments = group.arguments.to_dict()
         if (end := arguments.pop("weight_decay_end", None)) is not None:
             arguments["weight_decay"] = cosine_between(arguments.get("weight_decay", 0.0), end, self.total_steps)
@@ -136,7 +141,7 @@ class Experiment:
         order = getattr(self.system, "order", None)
         if order is None:
             return self
-        host = jax.tree.map(np.asarray, (params, state))
+        host = jax.tree.map(to_host, (params, state))
         made = order(Variables(*host), batch_size=self.config.train.batch_size, seed=self.config.seed)
         return dataclasses.replace(self, order=made)
 

@@ -12,13 +12,13 @@ from maskae.errors import UserError, nearest
 SUFFIXES = ("steps", "epochs", "examples", "percent")
 
 # Groups whose keys the default config cannot know; the command line may replace one as a whole: --config.evaluate.evaluators="{'knn': {}}"
-OPEN_GROUPS = ("optimizer.arguments", "optimizer.groups", "evaluate.evaluators", "data.fields")
+OPEN_GROUPS = ("optimizer.arguments", "optimizer.schedule_arguments", "optimizer.groups", "evaluate.evaluators", "data.fields")
 
 
 def group_of(group: ConfigDict, pattern: str) -> ConfigDict:
     """`optimizer` with what `optimizer.groups` says for one pattern. Raises UserError for a key that is not one of an optimizer's."""
     merged = group.copy_and_resolve_references()
-    merge(merged, group.groups[pattern], f"optimizer.groups.{pattern}.", replaced=("arguments",))
+    merge(merged, group.groups[pattern], f"optimizer.groups.{pattern}.", replaced=("arguments", "schedule_arguments"))
     return merged
 
 

@@ -168,7 +168,34 @@ def delayed(peak: float, waiting_steps: float) -> Schedule:
     return lambda step: jnp.where(jnp.asarray(step, jnp.float32) < waiting_steps, 0.0, peak)
 
 
-SCHEDULES = ("cosine", "cosine_inclusive", "cosine_twice", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze", "delayed")
+def cosine_restarts(
+    peak: float, minimum: float, warmup_steps: float, total_steps: float, *, period: float = 0.0, growth: float = 2.0
+) -> Schedule:
+    """Warm-up, then half cosines from `peak` to `minimum`, each `growth` times as long as the one before (SGDR, Loshchilov & Hutter 2017).
+
+    The first is `period` steps long; 0 takes all that the warm-up leaves of the run. Raises UserError for a length that cannot be.
+    """
+    period = period or max(total_steps - warmup_steps, 1.0)
+    if period < 1 or growth < 1:
+        raise UserError(f"a schedule with restarts needs period >= 1 step and growth >= 1, not {period:g} and {growth:g}")
+    edges = [0.0, float(period)]
+    while edges[-1] < total_steps - warmup_steps:
+        edges.append(edges[-1] + period * growth ** (len(edges) - 1))
+    starts, ends = jnp.asarray(edges[:-1], jnp.float32), jnp.asarray(edges[1:], jnp.float32)
+
+    def after(step: jax.Array) -> jax.Array:
+        # Counted, not by a logarithm, which rounding would put one step off.
+        cycle = jnp.clip((step[..., None] - warmup_steps >= starts).sum(-1) - 1, 0, len(starts) - 1)
+        left = jnp.clip((ends[cycle] - (step - warmup_steps)) / (ends[cycle] - starts[cycle]), 0.0, 1.0)
+        return minimum + (peak - minimum) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
+
+    return _with_warmup(peak, warmup_steps, after)
+
+
+SCHEDULES = (
+    "cosine", "cosine_inclusive", "cosine_twice", "cosine_restarts", "unshifted_cosine", "linear", "constant", "rsqrt", "step", "unfreeze",
+    "delayed",
+)
 
 
 def make_schedule(
@@ -181,6 +208,8 @@ def make_schedule(
     timescale: float = 10_000.0,
     milestones: Sequence[float] = (),
     factor: float = 0.1,
+    period: float = 0.0,
+    growth: float = 2.0,
 ) -> Schedule:
     """The schedule called `name`, one of `SCHEDULES`; all lengths are in steps and may be fractional.
 
@@ -195,6 +224,8 @@ def make_schedule(
         raise UserError(f"the warm-up of {warmup_steps:g} steps is longer than the run of {total_steps:g} steps")
     if name == "cosine":
         return warmup_cosine(peak, minimum, warmup_steps, total_steps)
+    if name == "cosine_restarts":
+        return cosine_restarts(peak, minimum, warmup_steps, total_steps, period=period, growth=growth)
     if name == "unshifted_cosine":
         return unshifted_cosine(peak, minimum, warmup_steps, total_steps)
     if name == "cosine_inclusive":

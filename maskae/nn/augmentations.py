@@ -228,12 +228,14 @@ def adjust(images: Array, what: str, amount: Array) -> Array:
     """One step of colour jitter as torchvision computes it, clipped to 0..1. images [B, H, W, C]; amount float32 [B].
 
     Args:
-        what: "brightness" (factor on the values), "contrast" (away from the image's mean grey), "saturation" (away from the own grey) or
-            "hue" (shift, 1 being the whole circle). Saturation and hue leave one-channel images alone.
+        what: "brightness" (factor on the values), "shift" (added to them), "contrast" (away from the image's mean grey), "saturation" (away
+            from the own grey) or "hue" (shift, 1 being the whole circle). Saturation and hue leave one-channel images alone.
     """
     amount = amount[:, None, None, None]
     if what == "hue":
         return images if images.shape[-1] == 1 else jnp.clip(_hue(images, amount), 0, 1)
+    if what == "shift":
+        return jnp.clip(images + amount, 0, 1)
     if what == "brightness":
         base = jnp.zeros((), images.dtype)
     else:
@@ -256,34 +258,36 @@ def color_jitter(
     hue: float = 0.0,
     probability: float = 1.0,
     order: str = "random",
+    additive: bool = False,
 ) -> Array:
     """torchvision's ColorJitter: factors U[max(0, 1 - s), 1 + s], hue shift U[-hue, hue]; applied together with `probability`.
 
-    `order` "random" is drawn per image; "fixed" is brightness, contrast, saturation, hue (and a quarter of the work). Raises UserError for
-    another one.
+    `order` "random" is drawn per image; "fixed" is brightness, contrast, saturation, hue (and a quarter of the work). `additive` adds
+    U[-brightness, brightness] in place of the factor (TensorFlow's). Raises UserError for another order.
     """
     check_choice("order", order, ORDERS)
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
     active = [name for name in JITTERS if strengths[name]]
     if not active:
         return images
+    what = {name: "shift" if additive and name == "brightness" else name for name in active}
     chance_key, order_key, *keys = jax.random.split(key, 2 + len(JITTERS))
 
     def amount(name: str) -> Array:
         strength, draw_key = strengths[name], keys[JITTERS.index(name)]
-        low, high = (-strength, strength) if name == "hue" else (max(0.0, 1 - strength), 1 + strength)
+        low, high = (-strength, strength) if name == "hue" or what[name] == "shift" else (max(0.0, 1 - strength), 1 + strength)
         return each(lambda k: jax.random.uniform(k, (), minval=low, maxval=high), example, draw_key)
 
     amounts = {name: amount(name) for name in active}
     x = images
     if order == "fixed":
         for name in active:
-            x = adjust(x, name, amounts[name])
+            x = adjust(x, what[name], amounts[name])
     else:
         turns = each(lambda k: jax.random.permutation(k, len(active)), example, order_key)  # [B, steps]
         for step in range(len(active)):
             now = turns[:, step][:, None, None, None]
-            x = jnp.select([now == i for i in range(len(active))], [adjust(x, name, amounts[name]) for name in active])
+            x = jnp.select([now == i for i in range(len(active))], [adjust(x, what[name], amounts[name]) for name in active])
     return jnp.where(chosen(example, chance_key, probability), x, images)
 
 

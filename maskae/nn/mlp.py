@@ -12,20 +12,23 @@ from maskae.nn.graph_layers import Activation, TorchLinear
 
 
 class Mlp(nn.Module):
-    """x -> [..., widths[-1]] through `layer_{i}/{kernel, bias}`, from torch's default start.
+    """x -> [..., widths[-1]] through `layer_{i}/{kernel, bias}`, from torch's default start, or with `keras` from Keras' (Glorot, no bias).
 
     With `keep_hidden` the outputs of all layers come, each after its activation.
     """
 
     widths: Sequence[int]
     activation: str = "relu"
+    keras: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, keep_hidden: bool = False) -> jax.Array | list[jax.Array]:
         """[..., in] -> [..., widths[-1]], or the list of every layer's output."""
         hidden = []
         for number, width in enumerate(self.widths):
-            x = TorchLinear(width, name=f"layer_{number}")(x)
+            name = f"layer_{number}"
+            start = nn.initializers.glorot_uniform()
+            x = (nn.Dense(width, kernel_init=start, name=name) if self.keras else TorchLinear(width, name=name))(x)
             if number < len(self.widths) - 1:
                 x = Activation(self.activation, name=f"activation_{number}")(x)
             hidden.append(x)

@@ -32,7 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "resnet101": {"layers": (3, 4, 23, 3), "block": "bottleneck"},
 }
 
-kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Of the convolutions; Keras' He-normal is truncated.
+STARTS = {
+    "kaiming_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    "he": nn.initializers.he_normal(),
+    "glorot": nn.initializers.glorot_uniform(),
+}
 
 
 class Style(NamedTuple):
@@ -43,6 +48,8 @@ class Style(NamedTuple):
         conv_bias: a bias in every convolution (Keras' networks have one).
         shortcut_norm: batch norm after a projection shortcut.
         padding: "symmetric" (torchvision), or "same" (TensorFlow: an odd row of padding lies at the end).
+        early_stride: the stride lies on a bottleneck's first 1x1 convolution, as in the paper and in Keras, not on the 3x3 one.
+        start: of the convolutions' kernels, one of `STARTS`.
         zero_last: the last norm of each block starts with scale 0 (timm's default; torchvision's is off).
         momentum, epsilon: of the batch norms, see `maskae.nn.batch_norm.BatchNorm`.
         dtype: of activations; parameters are float32.
@@ -52,10 +59,21 @@ class Style(NamedTuple):
     conv_bias: bool = False
     shortcut_norm: bool = True
     padding: str = "symmetric"
+    early_stride: bool = False
+    start: str = "kaiming_fan_out"
     zero_last: bool = False
     momentum: float = 0.1
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+
+
+STYLES = {
+    "torchvision": Style(),
+    # keras.applications.
+    "keras": Style(conv_bias=True, early_stride=True, start="glorot", momentum=0.01, epsilon=1.001e-5),
+    # The small networks of "Idiomatic Programmer" (Ferlitsch), written in Keras.
+    "keras_small": Style(conv_bias=True, shortcut_norm=False, padding="same", start="he", momentum=0.01, epsilon=1e-3),
+}
 
 
 class Pyramid(NamedTuple):
@@ -79,7 +97,7 @@ def conv(style: Style, channels: int, window: int, stride: int = 1, *, name: str
         (stride, stride),
         padding="SAME" if style.padding == "same" else ((pad, pad), (pad, pad)),
         use_bias=style.conv_bias,
-        kernel_init=kaiming_fan_out,
+        kernel_init=STARTS[style.start],
         dtype=style.dtype,
         name=name,
     )
@@ -130,8 +148,9 @@ class ResidualBlock(nn.Module):
             return module(x, where, train=self.train)
 
         if style.block == "bottleneck":
-            y = jax.nn.relu(step(x, self.channels, 1, 1, "conv1", "norm1"))
-            y = jax.nn.relu(step(y, self.channels, 3, self.stride, "conv2", "norm2"))
+            first, second = (self.stride, 1) if style.early_stride else (1, self.stride)
+            y = jax.nn.relu(step(x, self.channels, 1, first, "conv1", "norm1"))
+            y = jax.nn.relu(step(y, self.channels, 3, second, "conv2", "norm2"))
             y = step(y, self.outputs, 1, 1, "conv3", "norm3", last=True)
         else:
             y = jax.nn.relu(step(x, self.channels, 3, self.stride, "conv1", "norm1"))
@@ -173,8 +192,9 @@ class ResNet(nn.Module):
 
     def check(self) -> None:
         """Refuse what cannot work. Raises UserError."""
-        words = (("block", self.style.block, BLOCKS), ("stem", self.stem, STEMS), ("padding", self.style.padding, PADDINGS))
-        for name, value, known in words:
+        starts = tuple(STARTS)
+        words = (("block", self.style.block, BLOCKS), ("stem", self.stem, STEMS))
+        for name, value, known in (*words, ("padding", self.style.padding, PADDINGS), ("start", self.style.start, starts)):
             check_choice(name, value, known)
         for name, values in (("channels", self.channels), ("strides", self.strides), ("outputs", self.outputs or self.channels)):
             if len(values) < len(self.layers):
@@ -242,7 +262,8 @@ class ResNet(nn.Module):
                 step = stride if number == 0 else 1
                 after = area // step**2
                 if self.style.block == "bottleneck":
-                    total += area * inside * width + after * 9 * width**2 + after * width * outputs
+                    first = after if self.style.early_stride else area
+                    total += first * inside * width + after * 9 * width**2 + after * width * outputs
                 else:
                     total += after * 9 * (inside * width + width * outputs)
                 total += after * inside * outputs if step != 1 or inside != outputs else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -17,22 +18,24 @@ class View:
 
     Attributes:
         rotation: probability of a turn by up to `degrees`.
-        crop: share of the area that the crop takes, from and to.
+        crop: share of the area that the crop takes, from and to; None takes the whole image.
         horizontal_flip, vertical_flip: probabilities.
         jitter: brightness, contrast, saturation, hue; `jitter_probability` of applying it.
         order: of the four steps of the jitter, "random" or "fixed".
+        additive: the jitter's brightness is added to the pixels, as TensorFlow's is, in place of a factor.
         gray, blur, noise: probabilities; `blur_window` is the number of the blur's taps, None a tenth of the image's side.
         crop_last: the colours are changed before the crop and the flips.
     """
 
     rotation: float = 0.0
     degrees: float = 180.0
-    crop: tuple[float, float] = (0.2, 1.0)
+    crop: tuple[float, float] | None = (0.2, 1.0)
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_probability: float = 0.8
     order: str = "random"
+    additive: bool = False
     gray: float = 0.2
     blur: float = 0.5
     blur_window: int | None = None
@@ -49,8 +52,10 @@ class View:
     def _place(self, x: jax.Array, example: jax.Array, keys: jax.Array, size: int, crop: Sequence[float] | None) -> jax.Array:
         if self.rotation:
             x = pieces.rotate(x, example, keys[0], self.degrees, probability=self.rotation)
-        low, high = crop or self.crop
-        x = pieces.random_resized_crop(x, example, keys[1], size, (low, high))
+        if share := crop or self.crop:
+            x = pieces.random_resized_crop(x, example, keys[1], size, (share[0], share[1]))
+        elif x.shape[1:3] != (size, size):
+            x = jax.image.resize(x, (x.shape[0], size, size, x.shape[-1]), "bilinear")
         if self.horizontal_flip:
             x = pieces.flip(x, example, keys[2], self.horizontal_flip)
         if self.vertical_flip:
@@ -59,8 +64,9 @@ class View:
 
     def _colour(self, x: jax.Array, example: jax.Array, keys: jax.Array) -> jax.Array:
         if any(self.jitter):
-            strengths = dict(zip(pieces.JITTERS, self.jitter, strict=True))
-            x = pieces.color_jitter(x, example, keys[4], probability=self.jitter_probability, order=self.order, **strengths)
+            options: dict[str, Any] = dict(zip(pieces.JITTERS, self.jitter, strict=True))
+            options |= {"probability": self.jitter_probability, "order": self.order, "additive": self.additive}
+            x = pieces.color_jitter(x, example, keys[4], **options)
         if self.gray and x.shape[-1] > 1:
             x = pieces.grayscale(x, example, keys[5], self.gray)
         if self.blur:
@@ -81,6 +87,12 @@ VIEWS = {
     # TIP's lists: photographs of cars, and three short-axis slices of a heart as channels.
     "cars": View(crop=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.0), blur_window=29, crop_last=True),
     "heart": View(rotation=1.0, degrees=45.0, jitter=(0.5, 0.5, 0.5, 0.0), jitter_probability=1.0, gray=0.0, blur=0.0, crop_last=True),
+    # G-SimCLR's lists for CIFAR-10, whose grey step computes grey and throws it away, and for ImageNet. Contrast is that around the mean
+    # grey and saturation a mixture with the own grey, where TensorFlow's are per channel and of HSV.
+    "guided_cifar": View(
+        crop=None, jitter=(0.16, 0.16, 0.16, 0.04), jitter_probability=0.5, order="fixed", additive=True, gray=0.0, blur=0.0
+    ),
+    "guided_imagenet": View(crop=None, jitter=(0.8, 0.8, 0.8, 0.2), order="fixed", additive=True, blur=0.0),
     # For characters, which mirrored are other characters.
     "crop": View(crop=(0.6, 1.0), horizontal_flip=0.0, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0, blur=0.0),
 }

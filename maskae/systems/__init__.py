@@ -6,6 +6,8 @@ from maskae.systems.autoencoder import Autoencoder
 from maskae.systems.byol import Byol
 from maskae.systems.cnn_finetune import CnnFineTune
 from maskae.systems.croma import Croma
+from maskae.systems.denoising_autoencoder import DenoisingAutoencoder
+from maskae.systems.g_simclr import GSimClr
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.hicmae import Hicmae
@@ -34,6 +36,8 @@ SYSTEMS: dict[str, type] = {
     "byol": Byol,
     "cnn_finetune": CnnFineTune,
     "croma": Croma,
+    "denoising_autoencoder": DenoisingAutoencoder,
+    "g_simclr": GSimClr,
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
     "hicmae": Hicmae,

@@ -41,6 +41,7 @@ class CnnArguments:
         outer_widths: of each stage of a residual network; None takes the inner ones times the block's expansion.
         stem: "imagenet", or "small" for images of about 32 pixels (residual networks).
         stem_width: channels of the stem; None takes the first stage's.
+        style: of a residual network, one of `maskae.nn.resnet.STYLES`.
         zero_last: residual blocks start as the identity (timm's default, not torchvision's).
         layer_scale: ConvNeXt's, at the start.
         mean, std: what the network's input is normalised by, per channel or one value for all.
@@ -63,6 +64,7 @@ class CnnArguments:
     outer_widths: tuple[int, ...] | None = None
     stem: str = "imagenet"
     stem_width: int | None = None
+    style: str = "torchvision"
     zero_last: bool = False
     layer_scale: float = 1e-6
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -74,6 +76,7 @@ class CnnArguments:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
         check_choice("network", self.network, NETWORKS)
+        check_choice("style", self.style, resnet.STYLES)
         check_choice("dtype", self.dtype, (*DTYPES, "float64"))
         check_share("drop_path", self.drop_path)
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -95,7 +98,7 @@ class CnnArguments:
         if self.network in convnext.SIZES:
             sizes = convnext.SIZES[self.network] | options
             return convnext.ConvNeXt(**sizes, layer_scale=self.layer_scale, dtype=jnp.dtype(self.dtype))
-        style = resnet.Style(zero_last=self.zero_last, dtype=jnp.dtype(self.dtype))
+        style = resnet.STYLES[self.style]._replace(zero_last=self.zero_last, dtype=jnp.dtype(self.dtype))
         if self.outer_widths is not None:
             options["outputs"] = tuple(self.outer_widths)
         if self.stem_width is not None or "channels" in options:

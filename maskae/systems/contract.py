@@ -39,7 +39,7 @@ class System(Protocol):
         begin(variables, stage) -> variables of the same shapes, on the host, once before the first step: k-means centres, pseudo labels,
             frozen copies. `stage` (`maskae.stages.StageData`) gives all training records and the stages before.
         order(variables, batch_size, seed) -> the endless data order, `order[j]` a record (`maskae.data.pipeline.Order`), where it is not a
-            new permutation per epoch.
+            new permutation per epoch; None keeps that.
         train_flops(batch) where a training step is not three forward passes (a frozen part).
         couples_examples: True where the loss is not a mean over examples; gradients are then not accumulated.
     """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError
 from maskae.keys import purpose_key
-from maskae.nn.views import view_called
+from maskae.nn.views import View, view_called
 from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, Params, State
 
@@ -43,12 +43,17 @@ class ContrastiveCnn(CnnArguments):
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} must be positive")
 
+    @property
+    def recipe(self) -> View:
+        """How views are made."""
+        return view_called(self.views)
+
     def view(
         self, batch: Batch, rng: jax.Array, number: int, size: int | None = None, crop: tuple[float, float] | None = None
     ) -> jax.Array:
         """View `number` of each image as the network wants it, float32 [B, size, size, C]."""
         key = purpose_key(rng, f"view_{number}")
-        made = view_called(self.views)(batch["image"], batch["example"], key, size or self._pixels[0], crop or self.crop)
+        made = self.recipe(batch["image"], batch["example"], key, size or self._pixels[0], crop or self.crop)
         return self.normalised(made)
 
     def represent(self, params: Params, statistics: State, images: jax.Array) -> tuple[jax.Array, State]:
