@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from maskae.errors import UserError
 
@@ -17,6 +20,19 @@ def vary(vectors: jax.Array, noise: jax.Array) -> jax.Array:
     moved = vectors + noise
     lengths = [jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (vectors, moved)]
     return moved * (lengths[0] / lengths[1])
+
+
+def descend(loss: Callable[[jax.Array], jax.Array], vectors: jax.Array, steps: int, rate: float = 0.1) -> jax.Array:
+    """Vectors [B, D] after `steps` steps of Adam down `loss`, a function of them with a scalar value."""
+    rule = optax.adam(rate)
+
+    def step(carry: tuple[jax.Array, optax.OptState], _: None) -> tuple[tuple[jax.Array, optax.OptState], None]:
+        moved, moments = carry
+        change, moments = rule.update(jax.grad(loss)(moved), moments)
+        return (moved + jnp.asarray(change), moments), None
+
+    (moved, _), _ = jax.lax.scan(step, (vectors, rule.init(vectors)), None, length=steps)
+    return moved
 
 
 def sample_identities(

@@ -14,12 +14,13 @@ from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.graph_mae_layout import gradient_outputs, layout_of, load_variables, official_names
 from maskae.interop.graph_mae_molecules import replay_molecules
 from maskae.losses.reconstruction import scaled_cosine_error
+from maskae.nn.graph_batch import POOLS
 from maskae.nn.graph_layers import Graph
 from maskae.nn.node_masks import NodeMask, corrupt, mask_nodes
 from maskae.optim import make_optimizer
 from maskae.schedules import make_schedule
 from maskae.systems.contract import Variables
-from maskae.systems.graph_mae import POOLS, GraphMae
+from maskae.systems.graph_mae import GraphMae
 
 NORM_NAMES = {None: "none", "": "none", "batchnorm": "batch", "layernorm": "layer"}
 LOSS_NAMES = {"sce": "scaled_cosine", "mse": "mse"}

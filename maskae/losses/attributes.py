@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 Attribute = Callable[[jax.Array, jax.Array], jax.Array]
+WEIGHT = 100.0
 
 
 def cosine(one: jax.Array, other: jax.Array) -> jax.Array:
@@ -39,3 +40,16 @@ def quality(images: jax.Array, vectors: jax.Array) -> jax.Array:
 
 
 ATTRIBUTES: dict[str, Attribute] = {"slant": slant, "brightness": brightness, "quality": quality}
+
+
+def edit_error(images: jax.Array, seen: jax.Array, vectors: jax.Array, goals: Mapping[str, jax.Array]) -> jax.Array:
+    """What AttrOP of Vec2Face (arXiv 2409.02979) descends, [B].
+
+    100 times what the images' identities `seen` [B, D] lost of their cosine to the `vectors` [B, D] they came from, plus each attribute's
+    distance to its goal [B], quality's only where it is below. Distances but quality's count 100 times: they are no degrees, as a yaw's.
+    """
+    error = WEIGHT * (1 - cosine(seen, vectors))
+    for name, goal in goals.items():
+        gap = goal - ATTRIBUTES[name](images, seen)
+        error = error + (jax.nn.relu(gap) if name == "quality" else WEIGHT * jnp.abs(gap))
+    return error

@@ -52,19 +52,9 @@ def info_nce(
     if soft_targets is not None and soft_targets.shape != (rows, rows):
         raise UserError(f"info_nce: soft_targets {soft_targets.shape} must be of shape [{rows}, {rows}]")
     pairs = _pairs(jnp.arange(rows, dtype=jnp.int32), excluded, identifiers, 1)
-    computation = computation or Computation()
 
     def one_way(left: jax.Array, right: jax.Array, targets: jax.Array | None) -> jax.Array:
-        loss, total = row_losses(
-            left,
-            right,
-            jnp.asarray(scale, jnp.float32),
-            pairs._replace(targets=targets),
-            exclude_self=False,
-            key_gradient=not stop_key_gradient,
-            computation=computation,
-        )
-        return _mean_of_anchors(loss, total)
+        return _mean_of_anchors(left, right, scale, pairs._replace(targets=targets), stop_key_gradient, computation)
 
     forward = one_way(queries, keys, soft_targets)
     if not two_way:
@@ -111,16 +101,10 @@ def queue_info_nce(
     excluded = jnp.zeros((rows, 0 if batch_negatives else 1), jnp.int32)
     identifier = jnp.concatenate([jnp.zeros_like(own), jnp.ones_like(place)])
     candidates = Candidates(jnp.arange(rows + length, dtype=jnp.int32), jnp.concatenate([own, held]), identifier)
-    loss, total = row_losses(
-        queries,
-        jnp.concatenate([keys, jax.lax.stop_gradient(queue).astype(keys.dtype)]),
-        jnp.asarray(scale, jnp.float32),
-        Pairs(Anchors(own, own, excluded), candidates, None),
-        exclude_self=False,
-        key_gradient=not stop_key_gradient,
-        computation=computation or Computation(),
+    everything = jnp.concatenate([keys, jax.lax.stop_gradient(queue).astype(keys.dtype)])  # [B + K, d]
+    return _mean_of_anchors(
+        queries, everything, scale, Pairs(Anchors(own, own, excluded), candidates, None), stop_key_gradient, computation
     )
-    return _mean_of_anchors(loss, total)
 
 
 def enqueue(queue: jax.Array, pointer: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -220,16 +204,8 @@ def sup_con(
     if labels.shape != (examples,):
         raise UserError(f"contrastive loss: labels {labels.shape} must be of shape [{examples}]")
     flat = embeddings.reshape(examples * views, width)  # [B * V, d]
-    loss, total = row_losses(
-        flat,
-        flat,
-        jnp.asarray(scale, jnp.float32),
-        _pairs(labels, excluded, identifiers, views),
-        exclude_self=True,
-        key_gradient=not stop_key_gradient,
-        computation=computation or Computation(),
-    )
-    return _mean_of_anchors(loss, total)
+    pairs = _pairs(labels, excluded, identifiers, views)
+    return _mean_of_anchors(flat, flat, scale, pairs, stop_key_gradient, computation, exclude_self=True)
 
 
 def _stack(name: str, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -254,5 +230,23 @@ def _pairs(labels: jax.Array, excluded: jax.Array | None, identifiers: jax.Array
     return Pairs(Anchors(position, label, excluded), Candidates(position, label, identifier), None)
 
 
-def _mean_of_anchors(loss: jax.Array, total: jax.Array) -> jax.Array:
+def _mean_of_anchors(
+    queries: jax.Array,
+    keys: jax.Array,
+    scale: jax.Array | float,
+    pairs: Pairs,
+    stop_key_gradient: bool,
+    computation: Computation | None,
+    exclude_self: bool = False,
+) -> jax.Array:
+    """The mean loss of the rows of `queries` that have a positive among `keys`; 0 where there are none."""
+    loss, total = row_losses(
+        queries,
+        keys,
+        jnp.asarray(scale, jnp.float32),
+        pairs,
+        exclude_self=exclude_self,
+        key_gradient=not stop_key_gradient,
+        computation=computation or Computation(),
+    )
     return loss.sum() / jnp.maximum((total > 0).sum(), 1)

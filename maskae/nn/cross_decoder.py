@@ -6,8 +6,6 @@ encoder blocks (section 3.3). As the predictions do not depend on each other, an
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,7 +65,5 @@ class CrossDecoder(nn.Module):
         seen = constrain(self.embed(latent), "batch")  # [B, S, d]
         positions = jnp.asarray(sincos_2d(self.width, grid, cls_token=False))[indices]  # [B, R, d]
         x = constrain((self.mask_token + positions).astype(self.dtype), "batch")
-        # The stack hands every block its second argument as it is.
-        blocks: Any = self.blocks
-        x, outputs = run_blocks(self, blocks, x, attention_bias=seen, scan=self.scan, remat=self.remat, collect=collect)
+        x, outputs = run_blocks(self, self.blocks, x, beside=seen, scan=self.scan, remat=self.remat, collect=collect)
         return Encoded(self.head(self.norm(x)), outputs)  # [B, R, p*p*C]

@@ -19,6 +19,7 @@ from maskae.nn.graphs import Neighbours, neighbour_tables
 from maskae.nn.sparse_nodes import words_of
 
 TABLE = "table_"
+POOLS = ("mean", "max", "sum")
 
 
 class Nodes(NamedTuple):
@@ -111,6 +112,12 @@ def unpack_nodes(rows: jax.Array, node_valid: jax.Array) -> jax.Array:
     """Rows [node_budget, D] of a packed graph back in the places of its nodes [N, D], zeros at padding."""
     places = jnp.clip(jnp.cumsum(node_valid) - 1, 0, rows.shape[0] - 1)
     return jnp.where(node_valid[:, None], rows[places], 0)
+
+
+def row_shares(x: jax.Array) -> jax.Array:
+    """Each row of [..., D] over its sum; rows that sum to 0 stay as they are."""
+    total = x.sum(-1, keepdims=True)
+    return x / jnp.where(total == 0, 1, total)
 
 
 def pool_nodes(tokens: jax.Array, node_mask: jax.Array, pool: str) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -70,10 +70,7 @@ class JointEncoder(nn.Module):
 
     def __call__(self, tokens: jax.Array, beside: Beside, collect: bool = False) -> Encoded:
         """[B, n, D] -> [B, n, D]."""
-        # The stack hands every block its second argument as it is.
-        own: Any = self.blocks
-        seen: Any = beside
-        x, blocks = run_blocks(self, own, tokens, attention_bias=seen, scan=self.scan, remat=self.remat, collect=collect)
+        x, blocks = run_blocks(self, self.blocks, tokens, beside=beside, scan=self.scan, remat=self.remat, collect=collect)
         return Encoded(self.norm(x), blocks)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maskae.errors import UserError, nearest
-from maskae.nn.layers import AttentionContext, Block, DropPath
+from maskae.nn.layers import AttentionContext, DropPath
 from maskae.nn.sharding import gather_parameters
 
 REMAT_POLICIES = ("none", "dots", "full", "offload")
@@ -55,11 +55,11 @@ def drop_path_rates(rate: float, depth: int) -> jax.Array:
 
 def run_blocks(
     module: nn.Module,
-    blocks: Sequence[Block],
+    blocks: Sequence[nn.Module],
     x: jax.Array,
     *,
     position: jax.Array | None = None,
-    attention_bias: jax.Array | None = None,
+    beside: Any = None,
     drop: DropPath | None = None,
     context: AttentionContext | None = None,
     scan: bool = False,
@@ -76,7 +76,8 @@ def run_blocks(
         blocks: submodules of `module` named `block_{i}`.
         x: [B, N, D] tokens.
         position: added to the input of every block, broadcastable to [B, N, D] (Yu et al. 2022, Point-BERT).
-        attention_bias: added to every block's scores, broadcastable to [B, heads, N, N].
+        beside: the second argument of every block: for `Block` what is added to its scores, broadcastable to [B, heads, N, N]; for blocks
+            that look elsewhere what they look at.
         drop: rates [depth] and draws [depth, 2, B].
         context: masks, segments and positions of the tokens, the same for every block.
         collect: also return every block's output.
@@ -88,18 +89,19 @@ def run_blocks(
         rematerialise(lambda: None, remat)
     if module.is_initializing():
         for block in blocks:
-            x = block(x if position is None else x + position, attention_bias)
+            apply_block: Any = block
+            x = apply_block(x if position is None else x + position, beside)
         return x, None
     names = [str(block.name) for block in blocks]
     params = [module.variables["params"][name] for name in names]
     # Blocks of other kinds need not know of it.
-    beside: dict[str, Any] = {} if context is None else {"context": context}
+    options: dict[str, Any] = {} if context is None else {"context": context}
     plain: Any = blocks[0].clone(parent=None, name=None)
 
     def apply(x: jax.Array, block_params: dict[str, Any], block_drop: DropPath | None) -> jax.Array:
         x = checkpoint_name(x, BLOCK_INPUT)
         x = x if position is None else x + position
-        return plain.apply({"params": gather_parameters(block_params)}, x, attention_bias, block_drop, **beside)
+        return plain.apply({"params": gather_parameters(block_params)}, x, beside, block_drop, **options)
 
     step = rematerialise(apply, remat)
     if not scan:

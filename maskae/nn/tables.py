@@ -74,7 +74,7 @@ class TableEncoder(nn.Module):
     def __call__(self, table: jax.Array, hidden: jax.Array, collect: bool = False) -> Encoded:
         """Rows [B, N], hidden bool [B, N] -> tokens [B, 1+N, D], and with `collect` those of every block."""
         tokens = constrain(self.embed(table, hidden), "batch")
-        x, blocks = run_blocks(self, self.blocks, tokens, attention_bias=blocked_keys(hidden), collect=collect)
+        x, blocks = run_blocks(self, self.blocks, tokens, beside=blocked_keys(hidden), collect=collect)
         return Encoded(x, blocks)
 
     def flops(self) -> float:
@@ -125,9 +125,7 @@ class FusionEncoder(nn.Module):
 
     def fuse(self, rows: jax.Array, seen: jax.Array, collect: bool = False) -> Encoded:
         """Row tokens [B, n, D], image tokens [B, m, D] -> tokens [B, n, D] after the last norm, and with `collect` every block's."""
-        # The stack hands every block its second argument as it is.
-        own: Any = self.blocks
-        x, blocks = run_blocks(self, own, rows, attention_bias=seen, collect=collect)
+        x, blocks = run_blocks(self, self.blocks, rows, beside=seen, collect=collect)
         return Encoded(self.norm(x), blocks)
 
     def __call__(self, rows: jax.Array, last_map: jax.Array) -> Encoded:

@@ -125,7 +125,7 @@ class ViTEncoder(nn.Module):
         x = self.first_input(tokens)  # [B, (1+)n, D]
         drop = None if draws is None or not self.drop_path else DropPath(drop_path_rates(self.drop_path, self.depth), draws)
         options: dict[str, Any] = {"scan": self.scan, "remat": self.remat, "collect": collect}
-        x, blocks = run_blocks(self, self.blocks, x, attention_bias=attention_bias, drop=drop, context=context, **options)
+        x, blocks = run_blocks(self, self.blocks, x, beside=attention_bias, drop=drop, context=context, **options)
         return Encoded(self.norm(x) if self.final_norm else x, blocks)
 
     def first_input(self, tokens: jax.Array) -> jax.Array:

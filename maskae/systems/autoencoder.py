@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, nearest
+from maskae.losses.denoising import standard_noise
 from maskae.nn.graph_layers import ACTIVATIONS
 from maskae.nn.mlp import Mlp, mlp_flops
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
@@ -96,8 +97,7 @@ class Autoencoder:
         x = self.inputs(batch)
         seen = x
         if self.noise:
-            draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(rng, i), x.shape[1:]))
-            seen = x + self.noise * draw(batch["example"])
+            seen = x + self.noise * standard_noise(rng, batch["example"], x.shape[1:])
         return jnp.square(self.decode(params, self.encode(params, seen)) - x).mean(), Outputs({}, state)
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from maskae.data.spec import DataSpec
 from maskae.errors import UserError, check_choice, check_heads
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.flops import linear_flops
-from maskae.nn.graph_batch import Nodes, drop_edges, flatten_graphs, pool_nodes, unpack_nodes, with_packing
+from maskae.nn.graph_batch import POOLS, Nodes, drop_edges, flatten_graphs, pool_nodes, row_shares, unpack_nodes, with_packing
 from maskae.nn.graph_layers import ACTIVATIONS, NORMS, GatLayer, GinLayer, Graph, GraphEncoder, MlpDecoder, TorchLinear, fold
 from maskae.nn.node_masks import NodeMask, corrupt, draw_node_mask
 from maskae.nn.sparse_nodes import MaskedWords
@@ -28,7 +28,6 @@ from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 ENCODERS = ("gat", "gin")
 DECODERS = ("gat", "gin", "mlp", "linear")
 LOSSES = ("scaled_cosine", "mse")
-POOLS = ("mean", "max", "sum")
 DRAWS = 3  # per node and step: who is masked, who of them is noise, whose features noise is
 CARRIED = ("node_label", "train_mask", "val_mask", "test_mask")
 
@@ -189,15 +188,11 @@ class GraphMae:
     def inputs(self, batch: Batch) -> jax.Array:
         """Node features of all graphs, float32 [B * N, D]."""
         x = batch["nodes"].astype(jnp.float32)
-        if self.normalise_rows:
-            total = x.sum(-1, keepdims=True)
-            x = x / jnp.where(total == 0, 1, total)
-        return x.reshape(-1, x.shape[-1])
+        return (row_shares(x) if self.normalise_rows else x).reshape(-1, x.shape[-1])
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Mean error of the masked nodes of all graphs. A `scaled_cosine` loss near 1 has learned nothing."""
-        mask_key, drop_key = jax.random.split(rng)
-        shape = (batch["nodes"].shape[1], DRAWS)
+        (mask_key, drop_key), shape = jax.random.split(rng), (batch["nodes"].shape[1], DRAWS)
         draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(mask_key, i), shape))(batch["example"])  # [B, N, draws]
 
         def on_graph(graph: Graph, nodes: Nodes) -> tuple[jax.Array, State]:

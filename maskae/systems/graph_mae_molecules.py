@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from maskae.errors import UserError, check_choice
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.flops import linear_flops
-from maskae.nn.graph_batch import flatten_graphs, pool_nodes
+from maskae.nn.graph_batch import POOLS, flatten_graphs, pool_nodes
 from maskae.nn.graph_layers import Activation, Graph, TorchLinear, dropout, fold, node_norm
 from maskae.nn.layers import xavier
 from maskae.nn.node_masks import truncated_counts
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
-from maskae.systems.graph_mae import POOLS
 
 ATOM_TYPES = 119  # the mask is one more
 CHIRALITIES = 3

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from maskae.errors import UserError
 from maskae.losses.agreement import unit
 from maskae.losses.classification import label_smoothing_cross_entropy
+from maskae.losses.contrastive import enqueue
 from maskae.nn.heads import ProjectionHead
 from maskae.optim import ema_update
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
@@ -83,8 +84,7 @@ class MocoV2(ContrastiveCnn):
         logits = jnp.concatenate([positive, queries @ state["queue"].T], 1) / self.temperature  # [B, 1 + K]
         loss = label_smoothing_cross_entropy(logits, jnp.zeros(len(logits), jnp.int32), 0.0)
         moved: dict[str, Any] = {"encoder": query_statistics, "key": {"params": key_params, "encoder": key_statistics}}
-        moved["queue"] = jax.lax.dynamic_update_slice_in_dim(state["queue"], keys.astype(state["queue"].dtype), state["pointer"], 0)
-        moved["pointer"] = (state["pointer"] + len(keys)) % self.queue
+        moved["queue"], moved["pointer"] = enqueue(state["queue"], state["pointer"], keys)
         return Compared(queries, keys, logits, loss, moved)
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:

@@ -11,21 +11,19 @@ The networks see images in -1..1; batches hold them in 0..1, data.statistics="un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
 from maskae.data.spec import DataSpec
-from maskae.errors import UserError
-from maskae.identity_vectors import vary
+from maskae.errors import UserError, check_choice
+from maskae.identity_vectors import descend, vary
 from maskae.keys import purpose_key
 from maskae.losses.adversarial import discriminator_loss
-from maskae.losses.attributes import ATTRIBUTES, cosine
+from maskae.losses.attributes import ATTRIBUTES, cosine, edit_error
 from maskae.losses.perceptual import map_distance, structural_similarity, vgg_input
 from maskae.masking import draw_noise
 from maskae.nn.batch_norm import STATISTICS
@@ -34,12 +32,11 @@ from maskae.nn.row_mask import RowMask, mask_rows
 from maskae.nn.vector_autoencoder import Painted, init_generator
 from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
-from maskae.systems.vec2face_arguments import Vec2FaceArguments, signed
+from maskae.systems.vec2face_arguments import Vec2FaceArguments, in_units, signed
 
 STAGE, RANDOM = "stage:", "random"
 SHOWN = 6
 SMALL_SIDE = 16
-ATTRIBUTE_WEIGHT = 100.0
 EDITS = (("slant", -0.3), ("slant", 0.3), ("brightness", -0.15), ("brightness", 0.15), ("quality", 3.0))
 
 
@@ -49,11 +46,6 @@ class Critique(NamedTuple):
     real: jax.Array
     fake: jax.Array
     painted: jax.Array
-
-
-def in_units(images: jax.Array) -> jax.Array:
-    """-1..1 -> 0..1, as batches hold images; the inverse of `signed`."""
-    return (images + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -141,7 +133,7 @@ class Vec2Face(Vec2FaceArguments):
         """The discriminator's logits. Its own loss does not move the generator, nor the generator's loss the discriminator."""
         own = params["discriminator"]
         frozen = jax.lax.stop_gradient(own) if self.stop_at_discriminator else own
-        look: Any = partial(self.discriminator.apply)
+        look: Any = self.discriminator.apply
         fake = look({"params": own}, jax.lax.stop_gradient(painted))
         return Critique(look({"params": own}, real), fake, look({"params": frozen}, painted))
 
@@ -194,11 +186,9 @@ class Vec2Face(Vec2FaceArguments):
         """`pooled` [B, D] the image's vector, `generated` [B, D] that of the image painted from it, `kept` [B, variations] of `varied`,
         and both images at no more than 16 pixels, `pixels` and `generated_pixels` [B, ...] in 0..1. float32; the key is always the same.
         """
-        key, vectors = jax.random.key(0), self.vectors_of(state, batch)
-        example = batch["index"]
+        key, vectors, example = jax.random.key(0), self.vectors_of(state, batch), batch["index"]
         painted = self.generate(params, vectors, example, key)
-        side = min(SMALL_SIDE, self.image_size)
-        shape = (len(vectors), side, side, self.channels)
+        shape = (len(vectors), *2 * (min(SMALL_SIDE, self.image_size),), self.channels)
         small = [jax.image.resize(x, shape, "linear").reshape(len(x), -1) for x in (batch["image"], in_units(painted))]
         found = {"pooled": vectors, "generated": self.recognise(state, painted)[0]}
         found |= {"pixels": small[0], "generated_pixels": jnp.clip(small[1], 0, 1)}
@@ -214,35 +204,21 @@ class Vec2Face(Vec2FaceArguments):
     ) -> jax.Array:
         """Vectors [B, D] moved until the painted images have the attributes `goals`, the paper's AttrOP with its number of steps capped.
 
-        Adam of rate 0.1 on the vector; the loss is 100 times the lost cosine of the image's identity to the vector it came from, plus each
-        attribute's distance to its goal [B]; quality's only where it is below. Raises UserError for an attribute that there is none of.
+        Adam of rate 0.1 on the vector, down `edit_error` of goals [B]. Raises UserError for an attribute that there is none of.
         """
-        if unknown := [name for name in goals if name not in ATTRIBUTES]:
-            raise UserError(f"no attribute '{unknown[0]}'; there are {', '.join(ATTRIBUTES)}")
-        rule, example = optax.adam(0.1), jnp.arange(len(vectors))
+        for name in goals:
+            check_choice("attribute", name, ATTRIBUTES)
 
         def loss(moved: jax.Array) -> jax.Array:
-            images = self.generate(params, moved, example, key)
-            seen = self.recognise(state, images)[0]
-            total = 100 * (1 - cosine(seen, vectors))
-            for name, goal in goals.items():
-                gap = goal - ATTRIBUTES[name](images, seen)
-                total = total + (jax.nn.relu(gap) if name == "quality" else ATTRIBUTE_WEIGHT * jnp.abs(gap))
-            return total.sum()
+            images = self.generate(params, moved, jnp.arange(len(vectors)), key)
+            return edit_error(images, self.recognise(state, images)[0], vectors, goals).sum()
 
-        def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple[jax.Array, Any], None]:
-            moved, moments = carry
-            change, moments = rule.update(jax.grad(loss)(moved), moments)
-            return (moved + change, moments), None
-
-        (moved, _), _ = jax.lax.scan(step, (vectors, rule.init(vectors)), None, length=steps)
-        return moved
+        return descend(loss, vectors, steps)
 
     def draw(self, params: Params, state: State, batch: Batch, rng: jax.Array, spec: DataSpec) -> dict[str, np.ndarray]:
         """Attribute edits of generated images, and variations of their vectors with more and more noise."""
         rows = {name: value[:SHOWN] for name, value in batch.items()}
-        vectors, example = self.vectors_of(state, rows), rows["example"]
-        paint = jax.jit(self.generate)
+        vectors, example, paint = self.vectors_of(state, rows), rows["example"], jax.jit(self.generate)
         first = paint(params, vectors, example, rng)
         edits, edit = {"original": signed(rows["image"]), "generated": first}, jax.jit(self.edit)
         for name, change in EDITS:

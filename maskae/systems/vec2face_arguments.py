@@ -26,6 +26,11 @@ def signed(images: jax.Array) -> jax.Array:
     return 2 * images.astype(jnp.float32) - 1
 
 
+def in_units(images: jax.Array) -> jax.Array:
+    """-1..1 -> 0..1, as batches hold images; the inverse of `signed`."""
+    return (images + 1) / 2
+
+
 @dataclass(frozen=True)
 class FaceArguments:
     """The network that knows identities; ResNet-100's sizes where none are given.

@@ -192,7 +192,7 @@ def test_attributes_and_an_edit_towards_one(system, variables):
     moved = jax.jit(lambda v, goal: system.edit(variables.params, variables.state, v, {"brightness": goal}, key, 15))(vectors, before + 0.5)
     after = brightness(paint(variables.params, moved, jnp.arange(2), key), vectors)
     assert (after > before).all()
-    with pytest.raises(UserError, match="no attribute 'age'"):
+    with pytest.raises(UserError, match="unknown attribute 'age'"):
         system.edit(variables.params, variables.state, vectors, {"age": before}, key)
 
 
