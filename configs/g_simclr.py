@@ -70,7 +70,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.system = "g_simclr"
     stages = {"autoencoder": autoencoder(name, data), "contrast": contrast(name, data)}
     if variant == "official":
-        stages["contrast"]["model"] |= {"batching": "official", "clusters": BATCH, "restarts": 1, "augment_per_batch": True}
+        stages["contrast"]["model"] |= {"batching": "official", "clusters": BATCH, "augment_per_batch": True}
     if variant.endswith(RANDOM):
         stages.pop("autoencoder")
         stages["contrast"]["model"] |= {"batching": "random", "records": 0}
@@ -88,7 +88,7 @@ def autoencoder(name: str, data: Set) -> dict[str, Any]:
     epochs = {"base": 23.0, "imagenet_subset": 100.0}.get(name, 10.0)
     return {
         "system": "denoising_autoencoder",
-        "model": {"image_size": data.image_size, **data.autoencoder},
+        "model": {"image_size": data.image_size, "window": 3, "noise": 0.01, **data.autoencoder},
         "train": duration(total_epochs=epochs),
         "optimizer": {
             "name": "adam",
@@ -103,7 +103,18 @@ def contrast(name: str, data: Set) -> dict[str, Any]:
     """Stages 2 and 3: k-means before the first step, then SimCLR on guided batches."""
     return {
         "system": "g_simclr",
-        "model": {"image_size": data.image_size, **data.network, "records": data.records, "clusters": data.clusters},
+        "model": {
+            "image_size": data.image_size,
+            **data.network,
+            "head_widths": (256, 128, 50),
+            "temperature": 0.1,
+            "batching": "strict",
+            "clusters": data.clusters,
+            "reuse": False,
+            "records": data.records,
+            "gray": None,  # the views' own; CIFAR's have none, since the released code computes grey with probability 0.5 and drops it
+            "augment_per_batch": False,
+        },
         **training(name),
     }
 

@@ -125,6 +125,35 @@ CASES: dict[str, Case] = {
         ),
         data="rs_s1s2_pairs",
     ),
+    "g_simclr": Case(
+        "configs/g_simclr.py:tiny",
+        (
+            "data.max_examples=64",
+            "data.image_size=16",
+            "train.batch_size=16",
+            *in_stage(
+                "autoencoder", "model.image_size=16", "model.widths=(4,)", "evaluate.evaluators={}", "evaluate.map_examples=0"
+            ),
+            *in_stage(
+                "contrast",
+                "model.image_size=16",
+                "model.network=resnet18",
+                "model.layers=(1,)",
+                "model.widths=(4,)",
+                "model.outer_widths=(8,)",
+                "model.stem_width=4",
+                "model.head_widths=(8,8,4)",
+                "model.records=64",
+                "model.clusters=24",
+                "model.views=crop_flip",
+                "log.every_steps=1",
+                "optimizer.schedule=constant",
+                "optimizer.base_learning_rate=0.16",
+            ),
+        ),
+        stages=(6, 14),
+        data="caltech101",
+    ),
     "graph_mae": Case(
         "configs/graph_mae.py:mutag",
         ("model.width=16", "model.depth=2", "train.batch_size=16", "optimizer.base_learning_rate=0.08"),
