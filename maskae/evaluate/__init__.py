@@ -16,6 +16,7 @@ from typing import Any
 
 from maskae.errors import UserError, check_choice, nearest
 from maskae.evaluate.accuracy import Accuracy
+from maskae.evaluate.detection import Detection
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
 from maskae.evaluate.few_shot import FewShot
@@ -48,6 +49,7 @@ EVALUATORS: dict[str, type] = {
     "attentive": Attentive,
     "clustering": Clustering,
     "denoising": Denoising,
+    "detection": Detection,
     "few_shot": FewShot,
     "graph_svm": GraphSvm,
     "identity": Identity,

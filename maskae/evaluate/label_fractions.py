@@ -9,9 +9,9 @@ from functools import partial
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from maskae.errors import UserError, check_choice, nearest
+from maskae.evaluate.detection import macro_auc
 from maskae.evaluate.evaluators import OverFeatures, check_positive
 from maskae.evaluate.features import Features, standardise
 from maskae.evaluate.threads import limited_threads
@@ -44,16 +44,6 @@ def draw_fraction(labels: np.ndarray, fraction: float, seed: int, sampler: str) 
     if count < 1:
         raise UserError(f"a fraction of {fraction} of {len(labels)} labelled rows is none at all")
     return np.sort(generator.permutation(len(labels))[:count]) if sampler == "shuffled" else np.arange(count)
-
-
-def macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve, one class against the rest, averaged over the classes that `labels` has and not all rows belong to.
-
-    probabilities: [M, K]; labels: int [M] in 0..K-1. NaN where there is no such class.
-    """
-    present = [label for label in np.unique(labels) if not (labels == label).all()]
-    areas = [roc_auc_score(labels == label, probabilities[:, label]) for label in present]
-    return float(np.mean(areas)) if areas else float("nan")
 
 
 def fraction_probe(

@@ -9,9 +9,9 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from maskae.errors import UserError, nearest
+from maskae.evaluate.detection import macro_auc
 from maskae.evaluate.evaluators import check_positive, column, labelled
 from maskae.evaluate.features import Features, standardise
-from maskae.evaluate.label_fractions import macro_auc
 from maskae.evaluate.logistic import MAX_ITERATIONS
 from maskae.evaluate.threads import limited_threads
 

@@ -31,7 +31,8 @@ def look_weights(
     qkv: dict[str, Any], x: jax.Array, heads: int, *, rows: int | None = None, qkv_bias: str = "all"
 ) -> jax.Array:
     """The same of what an attention itself gets, [B, N, D]: normalised already. `qkv` are the parameters of its projection."""
-    project: Any = QkvProjection(heads, qkv_bias, dtype=x.dtype).apply
+    # Without a parent: a module's method may call this, and must not become the owner.
+    project: Any = QkvProjection(heads, qkv_bias, dtype=x.dtype, parent=None).apply
     query, key, _ = project({"params": qkv}, x)
     scores = jnp.einsum("bnhd,bmhd->bhnm", query[:, :rows], key, preferred_element_type=jnp.float32)  # [B, heads, rows, N]
     return jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)

@@ -8,6 +8,7 @@ from maskae.systems.cnn_finetune import CnnFineTune
 from maskae.systems.croma import Croma
 from maskae.systems.denoising_autoencoder import DenoisingAutoencoder
 from maskae.systems.g_simclr import GSimClr
+from maskae.systems.gm_df import GmDf
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.hicmae import Hicmae
@@ -38,6 +39,7 @@ SYSTEMS: dict[str, type] = {
     "croma": Croma,
     "denoising_autoencoder": DenoisingAutoencoder,
     "g_simclr": GSimClr,
+    "gm_df": GmDf,
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
     "hicmae": Hicmae,

@@ -7,7 +7,8 @@ import pytest
 
 from maskae.errors import UserError
 from maskae.evaluate import make_evaluators
-from maskae.evaluate.label_fractions import draw_fraction, macro_auc
+from maskae.evaluate.detection import macro_auc
+from maskae.evaluate.label_fractions import draw_fraction
 
 LABELS = np.repeat(np.arange(4), 25)
 GENERATOR = np.random.default_rng(0)

@@ -1,0 +1,274 @@
+"""GM-DF's arguments, their checks, and the networks that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskae.errors import UserError, check_choice, check_heads
+from maskae.losses.alignment import ALIGNMENTS
+from maskae.masking import keep_count
+from maskae.nn.domain_vit import Domain, DomainViT
+from maskae.nn.experts import GATES
+from maskae.nn.flops import block_flops, linear_flops
+from maskae.nn.layers import LayerNorm, xavier
+from maskae.nn.prompts import PROMPT_STD, PromptLearner, TextTower
+from maskae.nn.transfer import adopt_encoder
+from maskae.nn.vit import MaeDecoder
+from maskae.paths import flatten_paths, unflatten_paths
+from maskae.systems.contract import Batch, Params, State, Variables
+from maskae.systems.teacher import ARCHITECTURES
+from maskae.systems.vit_arguments import ViTArguments
+
+CLASSIFICATIONS = ("prompt", "bce")
+TEXTS = ("tower", "prototypes")
+EXPERTS = "/experts/"
+TRAINED_ANYWAY = ("/experts/", "/norm", "_map")
+
+
+@dataclass(frozen=True)
+class GmDfArguments(ViTArguments):
+    """Arguments with the values of the paper and its card, beside those of every ViT (`ViTArguments`).
+
+    Args:
+        architecture: of the image tower, "clip" (a norm before the blocks, quick GELU) or "vit".
+        num_classes: 2, real and fake.
+        domains: of the data, those that are not trained on included. Row 0 of every table is that of an unknown domain.
+        train_domains, test_domains: of a meta-train and of a meta-test part of a batch. Without a meta-test part there is no inner step
+            and no alignment.
+        hide_domain: share of the training examples, drawn anew each step, whose domain counts as unknown: it trains row 0.
+        hide_meta_test: the domain of the whole meta-test part counts as unknown, as it is where the detector will be used.
+        domain_conditioning: False takes every domain for unknown, everywhere.
+        code_width: of the learned domain code that norms read. conditional_norms: False has CLIP's norms.
+        experts, expert_width, gate: see `maskae.nn.experts.SoftExperts`; 0 experts have none.
+        second_order: layers, from 0, whose second-order effects are added to the class token; () adds nothing.
+        embedding_width: of the shared space of images and prompts.
+        classification: "prompt", or "bce": one linear output.
+        text: "prototypes", a learned vector per domain and class, or "tower": learned words through a frozen text tower.
+        text_width, text_depth, text_heads, text_words, text_place: of that tower, the number of fixed words with the marks of start and
+            end, and before which of them the learned ones stand.
+        temperature, temperature_slope: tau + phi * |domain embedding|.
+        mask_ratio, decoder_width, decoder_depth, decoder_heads: of masked reconstruction.
+        reconstruction_weight, alignment_weight: 0 leaves the loss out.
+        alignment, shrinkage: see `maskae.losses.alignment`.
+        inner_rate: of the experts' step on the meta-train part (beta); 0 takes none: ordinary joint training.
+        first_order: the inner gradient is a constant of the outer one.
+        train_vision: False freezes the image tower but for norms and experts.
+
+    Raises:
+        UserError: where the sizes do not fit together or a name is unknown.
+    """
+
+    architecture: str = "clip"
+    num_classes: int = 2
+    domains: int = 5
+    train_domains: int = 3
+    test_domains: int = 1
+    hide_domain: float = 0.1
+    hide_meta_test: bool = True
+    domain_conditioning: bool = True
+    code_width: int = 64
+    conditional_norms: bool = True
+    experts: int = 3
+    expert_width: int = 192
+    gate: str = "figure"
+    second_order: tuple[int, ...] = (8, 9, 10)
+    embedding_width: int = 512
+    classification: str = "prompt"
+    text: str = "tower"
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    text_words: int = 7
+    text_place: int = 2
+    temperature: float = 0.07
+    temperature_slope: float = 0.01
+    mask_ratio: float = 0.5
+    decoder_width: int = 384
+    decoder_depth: int = 4
+    decoder_heads: int = 6
+    reconstruction_weight: float = 0.5
+    alignment: str = "full"
+    alignment_weight: float = 0.3
+    shrinkage: float = 0.1
+    inner_rate: float = 1e-4
+    first_order: bool = False
+    train_vision: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is built."""
+        super().__post_init__()
+        for name, value, known in (
+            ("architecture", self.architecture, ARCHITECTURES),
+            ("gate", self.gate, GATES),
+            ("classification", self.classification, CLASSIFICATIONS),
+            ("text", self.text, TEXTS),
+            ("alignment", self.alignment, ALIGNMENTS),
+        ):
+            check_choice(name, value, known)
+        check_heads("decoder_width", self.decoder_width, self.decoder_heads)
+        check_heads("text_width", self.text_width, self.text_heads)
+        if self.num_classes != 2:
+            raise UserError(f"num_classes={self.num_classes}: a detector tells real from fake")
+        if self.train_domains < 1 or self.test_domains < 0 or self.groups > self.domains:
+            parts = f"train_domains={self.train_domains} and test_domains={self.test_domains}"
+            raise UserError(f"{parts} must be at least 1 and 0, and together at most domains={self.domains}")
+        if not 0 <= self.hide_domain <= 1:
+            raise UserError(f"hide_domain={self.hide_domain}: a share in 0..1")
+        if wrong := [layer for layer in self.second_order if not 0 <= layer < self.depth - 1]:
+            raise UserError(f"second_order={self.second_order}: layer {wrong[0]} has none after it; there are layers 0 to {self.depth - 2}")
+        if self.adapts and not self.experts:
+            raise UserError(f"inner_rate={self.inner_rate} moves the experts, and there are none; set it to 0")
+        if self.adapts and not self.first_order and self.attention != "xla":
+            raise UserError(f"attention='{self.attention}' has no second derivative; take 'xla', or first_order=True")
+        if not 1 <= self.text_place < self.text_words:
+            raise UserError(f"text_place={self.text_place}: after the start and before the end of {self.text_words} words")
+        if not 0 < self.kept(self.length) < self.length:
+            raise UserError(f"mask_ratio={self.mask_ratio} masks all or none of {self.length} patches")
+
+    @property
+    def groups(self) -> int:
+        """Domains in a batch."""
+        return self.train_domains + self.test_domains
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there is an inner step."""
+        return self.inner_rate > 0 and self.test_domains > 0
+
+    @property
+    def couples_examples(self) -> bool:
+        """Always: examples share an inner step, means and covariances."""
+        return True
+
+    @property
+    def length(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def kept(self, length: int) -> int:
+        """Patches that stay visible of so many."""
+        return keep_count(length, self.mask_ratio)
+
+    @property
+    def encoder(self) -> DomainViT:
+        """The image tower."""
+        options: dict[str, Any] = {**ARCHITECTURES[self.architecture], "trainable_position": True, **self.compute}
+        options |= {"expert_count": self.experts, "expert_width": self.expert_width, "gate": self.gate}
+        sizes = (self.patch_size, self.width, self.depth, self.heads, self.grid, self.mlp_ratio)
+        return DomainViT(*sizes, conditional=self.conditional_norms, **options)
+
+    @property
+    def decoder(self) -> MaeDecoder:
+        """From the tokens of the masked image to the pixels of each patch."""
+        return MaeDecoder(self.decoder_width, self.decoder_depth, self.decoder_heads, self.patch_values, self.mlp_ratio, **self.compute)
+
+    @property
+    def prompts(self) -> PromptLearner:
+        """The tables of learned words."""
+        return PromptLearner(self.domains, self.num_classes, self.text_width)
+
+    @property
+    def tower(self) -> TextTower:
+        """The frozen text tower."""
+        options: dict[str, Any] = {"scan": self.scan, "dtype": jnp.dtype(self.dtype)}
+        return TextTower(self.text_words + 2, self.text_depth, self.text_heads, self.embedding_width, **options)
+
+    @property
+    def second_norm(self) -> LayerNorm:
+        """Of one layer's second-order effect."""
+        return LayerNorm(self.encoder.epsilon)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Fresh parameters; the batch is not read. `state` has the training records of each domain and class, which `begin` fills."""
+        keys = dict(zip(("encoder", "code", "prompt", "head", "decoder", "text", "words"), jax.random.split(rng, 7), strict=True))
+        blank = Domain(jnp.zeros((1, self.code_width)), jnp.zeros((1, self.text_width)))
+        made: Params = self.encoder.init(keys["encoder"], self.blank_images(), blank, self.depth, method="represent")["params"]
+        prompt, scale = jax.random.split(keys["prompt"]), PROMPT_STD
+        rows = self.domains + 1
+        params: Params = {
+            "encoder": dict(made),
+            "code": {"table": scale * jax.random.normal(keys["code"], (rows, self.code_width))},
+            "prompt": dict(self.prompts.init(prompt[0], jnp.zeros((self.text_words, self.text_width)), self.text_place)["params"]),
+        }
+        if self.classification == "bce":
+            params["head"] = {"kernel": xavier(keys["head"], (self.width, 1)), "bias": jnp.zeros(1)}
+        params["projection"] = {"kernel": self.width**-0.5 * jax.random.normal(keys["head"], (self.width, self.embedding_width))}
+        if self.second_order:
+            norm = {"scale": jnp.ones(self.width), "bias": jnp.zeros(self.width)}
+            params["second_order"] = {f"norm_{layer}": dict(norm) for layer in self.second_order}
+            params["second_order"]["scale"] = jnp.full(len(self.second_order), 0.1)
+        if self.reconstruction_weight:
+            noise = jnp.arange(self.length)[None]
+            latent = jnp.zeros((1, self.length + 1, self.width))
+            params["decoder"] = dict(self.decoder.init(keys["decoder"], latent, noise, self.grid)["params"])
+            params["mask_token"] = scale * jax.random.normal(keys["decoder"], (1, 1, self.width))
+        state: State = {"runs": jnp.zeros((self.domains, self.num_classes, 2), jnp.int32)}
+        if self.classification == "prompt" and self.text == "prototypes":
+            params["prompt"]["prototypes"] = scale * jax.random.normal(prompt[1], (rows, self.num_classes, self.embedding_width))
+        elif self.classification == "prompt":
+            words = scale * jax.random.normal(keys["words"], (self.text_words, self.text_width))
+            blank_words = jnp.zeros((1, self.text_words + 2, self.text_width))
+            state["text"] = {**self.tower.init(keys["text"], blank_words)["params"], "words": words}
+        return self.parted(Variables(params, state))
+
+    def parted(self, variables: Variables) -> Variables:
+        """With what `train_vision` False freezes in `state`, out of reach of the optimizer's decay."""
+        if self.train_vision:
+            return variables
+        leaves = flatten_paths(variables.params["encoder"])
+        frozen = {path: leaf for path, leaf in leaves.items() if not is_trained_anyway(path)}
+        params = {**variables.params, "encoder": unflatten_paths({p: leaf for p, leaf in leaves.items() if p not in frozen})}
+        return Variables(params, {**variables.state, "encoder": unflatten_paths(frozen)})
+
+    def whole(self, params: Params, state: State) -> Params:
+        """The parameters, frozen ones among them."""
+        if "encoder" not in state:
+            return params
+        frozen = jax.lax.stop_gradient(state["encoder"])
+        return {**params, "encoder": unflatten_paths(flatten_paths(params["encoder"]) | flatten_paths(frozen))}
+
+    def with_encoder(self, variables: Variables, encoder: Mapping[str, Any], grid: tuple[int, int] | None) -> Variables:
+        """With a pretrained tower's weights; experts and the maps of the norms, which it has not, stay as they are."""
+        leaves = flatten_paths(self.whole(*variables)["encoder"])
+        own = {path: leaf for path, leaf in leaves.items() if EXPERTS not in path and not path.endswith("_map")}
+        adopted, _ = adopt_encoder(unflatten_paths(own), dict(encoder), self.grid, grid)
+        merged = unflatten_paths(leaves | flatten_paths(adopted))
+        state = {name: value for name, value in variables.state.items() if name != "encoder"}
+        return self.parted(Variables({**variables.params, "encoder": merged}, state))
+
+    def forward_flops(self, batch: Batch) -> float:
+        """Two passes of the tower, of the image and of the masked image, with experts, and the decoder; prompts are left out.
+
+        46 GFLOP of ViT-B/16 a pass... see `passes`.
+        """
+        return sum(self.passes(self.grid_of(batch["image"])))
+
+    def passes(self, grid: tuple[int, int]) -> tuple[float, float]:
+        """Matmul FLOPs of one image: classification, and reconstruction (0 without it)."""
+        length = grid[0] * grid[1]
+        experts = self.depth * self.experts * 2 * linear_flops(1 + length, self.width, self.expert_width)
+        tower = self.vit_flops(grid) + experts
+        if not self.reconstruction_weight:
+            return tower, 0.0
+        ends = linear_flops(1 + length, self.width, self.decoder_width) + linear_flops(length, self.decoder_width, self.patch_values)
+        decoder = self.decoder_depth * block_flops(1 + length, self.decoder_width, self.mlp_ratio)
+        return tower, tower + decoder + ends
+
+    def train_flops(self, batch: Batch) -> float:
+        """Three times the forward pass; the classification of the meta-train part 5 times with a first-order inner step, else 9 times.
+
+        The inner gradient adds twice its forward pass, and the derivative of it twice as much again.
+        """
+        classification, reconstruction = self.passes(self.grid_of(batch["image"]))
+        inner = (2 if self.first_order else 6) * classification * self.train_domains / self.groups if self.adapts else 0.0
+        return 3 * (classification + reconstruction) + inner
+
+
+def is_trained_anyway(path: str) -> bool:
+    """Whether an encoder's parameter is trained also where the tower is frozen: experts, and everything of the norms."""
+    return any(part in f"/{path}" for part in TRAINED_ANYWAY)
