@@ -88,7 +88,7 @@ def autoencoder(name: str, data: Set) -> dict[str, Any]:
     epochs = {"base": 23.0, "imagenet_subset": 100.0}.get(name, 10.0)
     return {
         "system": "denoising_autoencoder",
-        "model": {"image_size": data.image_size, "window": 3, "noise": 0.01, **data.autoencoder},
+        "model": {"image_size": data.image_size, "channels": 3, "window": 3, "noise": 0.01, **data.autoencoder},
         "train": duration(total_epochs=epochs),
         "optimizer": {
             "name": "adam",
@@ -105,6 +105,7 @@ def contrast(name: str, data: Set) -> dict[str, Any]:
         "system": "g_simclr",
         "model": {
             "image_size": data.image_size,
+            "channels": 3,
             **data.network,
             "head_widths": (256, 128, 50),
             "temperature": 0.1,
