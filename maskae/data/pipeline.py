@@ -75,7 +75,9 @@ class BadReport:
 
 def generator(seed: int, element: int, purpose: str) -> np.random.Generator:
     """Random numbers that depend on (seed, element, purpose) alone: a counter-based generator, cheap to make for every record."""
-    return np.random.Generator(np.random.Philox(key=[(seed ^ (zlib.crc32(purpose.encode()) << 32)) % 2**64, element]))
+    # As uint64: of plain numbers above 2**63 numpy makes a float64, which loses the seed's bits.
+    key = np.array([(seed ^ (zlib.crc32(purpose.encode()) << 32)) % 2**64, element], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def make_order(count: int, seed: int, shuffle: bool) -> Order:

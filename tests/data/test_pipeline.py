@@ -173,6 +173,12 @@ def test_neighbouring_seeds_share_no_epoch() -> None:
     assert not first & second
 
 
+@pytest.mark.parametrize("purpose", ["transform", "sample", "episode"])
+def test_neighbouring_seeds_elements_and_purposes_share_no_draws(purpose: str) -> None:
+    keys = [(seed, element, purpose) for seed in (0, 1, 2, 2**31) for element in (0, 1, 2**40)] + [(0, 0, "replacement")]
+    assert len({int(generator(*key).integers(2**62)) for key in keys}) == len(keys)
+
+
 def test_without_shuffle_records_come_in_their_order() -> None:
     assert pipeline(shuffle=False).batch(2)[INDEX].tolist() == [8, 9, 0, 1]
 
