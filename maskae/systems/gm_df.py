@@ -1,8 +1,8 @@
 """GM-DF: "Generalized Multi-Scenario Deepfake Detection", Lai et al., ACM Multimedia 2025, arXiv 2406.20078.
 
-One detector for several data sets. The image tower of a contrastive model gets norms and experts that depend on the data set ("domain"), its
-class token is compared with a learned prompt per domain and class, and the tower has to reconstruct masked images besides. Each batch is an
-episode: the experts take a gradient step on some domains, and what all parameters learn from is the loss after it on another domain.
+One detector for several data sets. The image tower of a contrastive model gets norms and experts that depend on the data set ("domain"),
+its class token is compared with a learned prompt per domain and class, and the tower has to reconstruct masked images besides. Each batch
+is an episode: the experts take a gradient step on some domains, and all parameters learn from the loss after it on another domain.
 
 The paper has no released code and its text leaves parts open. Where it does, the choices are arguments; see `GmDfArguments`.
 """
