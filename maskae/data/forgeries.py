@@ -75,7 +75,7 @@ def blur(image: np.ndarray, times: int = 1) -> np.ndarray:
     for axis in (0, 1) * times:
         padded = np.pad(image, [(2, 2) if each == axis else (0, 0) for each in range(image.ndim)], mode="edge")
         count = image.shape[axis]
-        image = sum(weight * np.take(padded, range(k, k + count), axis) for k, weight in enumerate(BLUR))  # type: ignore[assignment]
+        image = sum(weight * np.take(padded, range(k, k + count), axis) for k, weight in enumerate(BLUR))
     return image
 
 

@@ -195,8 +195,8 @@ class GmDf(GmDfArguments):
             loss = loss + metrics["meta_test_loss"]
             right.append((seen["logits"].argmax(-1) == test.labels).mean())
             if self.alignment_weight and self.alignment != "none":
-                fitted = [fit_gaussian(each["embedding"], self.shrinkage) for each in (adapted.rest, seen)]
-                metrics["alignment_loss"] = gaussian_wasserstein(*fitted, self.alignment)
+                of_train, of_test = (fit_gaussian(each["embedding"], self.shrinkage) for each in (adapted.rest, seen))
+                metrics["alignment_loss"] = gaussian_wasserstein(of_train, of_test, self.alignment)
                 loss = loss + self.alignment_weight * metrics["alignment_loss"]
         if self.reconstruction_weight:
             metrics["reconstruction_loss"] = reconstruction

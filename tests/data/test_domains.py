@@ -34,10 +34,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`faces/<domain>/<class>/`, the same as an archive with sources, and a folder of photographs."""
     folder = tmp_path_factory.mktemp("domains")
     for number, domain in enumerate(("ff", "wild")):
-        for label in CLASSES:
-            (folder / "faces" / domain / label).mkdir(parents=True)
+        for kind in CLASSES:
+            (folder / "faces" / domain / kind).mkdir(parents=True)
             for i in range(4):
-                (folder / "faces" / domain / label / f"{i}.png").write_bytes(picture(number * 8 + i))
+                (folder / "faces" / domain / kind / f"{i}.png").write_bytes(picture(number * 8 + i))
     (folder / "photographs").mkdir()
     for i in range(16):
         (folder / "photographs" / f"{i:02d}.png").write_bytes(picture(i))

@@ -137,17 +137,18 @@ def test_the_temperature_grows_with_the_domain_embedding() -> None:
 
 def test_the_second_order_sum_over_heads_is_the_attention_of_the_class_token() -> None:
     block = PARAMS["encoder"]["block_1"]
-    x = LayerNorm().apply({"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}, jax.random.normal(jax.random.key(7), (2, 5, 8)))
+    normalise: Any = LayerNorm().apply
+    x = normalise({"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}, jax.random.normal(jax.random.key(7), (2, 5, 8)))
     attend: Any = Attention(2).apply
-    whole = attend({"params": block["attention"]}, x)[:, 0]  # type: ignore[arg-type]
+    whole = attend({"params": block["attention"]}, x)[:, 0]
     qkv, out = block["attention"]["qkv"], block["attention"]["out"]
     query, key = (jnp.einsum("bnd,dhk->bhnk", x, qkv["kernel"][:, i]) + qkv["bias"][i][:, None] for i in (0, 1))
     weights = jax.nn.softmax(jnp.einsum("bhnk,bhmk->bhnm", query, key)[:, :, 0] / 2, -1)  # head_dim 4
     # The biases are of values, whose weights sum to 1, and of the output.
     biases = jnp.einsum("hk,hkd->d", qkv["bias"][2], out["kernel"]) + out["bias"]
-    np.testing.assert_allclose(carry(weights, x, block["attention"]) + biases, whole, atol=1e-5)  # type: ignore[arg-type]
-    twice = carry(weights, 2 * x, block["attention"])  # type: ignore[operator]
-    np.testing.assert_allclose(twice, 2 * carry(weights, x, block["attention"]), rtol=1e-4)  # type: ignore[arg-type]
+    np.testing.assert_allclose(carry(weights, x, block["attention"]) + biases, whole, atol=1e-5)
+    twice = carry(weights, 2 * x, block["attention"])
+    np.testing.assert_allclose(twice, 2 * carry(weights, x, block["attention"]), rtol=1e-4)
 
 
 def test_the_tail_has_what_each_mlp_added_and_where_the_class_token_looks() -> None:
