@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
             ),
         ),
         stages=(6, 14),
-        data="caltech101",
+        data="eurosat_rgb",
     ),
     "gm_df": Case(
         "configs/gm_df.py:tiny",

@@ -15,9 +15,11 @@ from maskae import train
 from maskae.checkpoint import Checkpointer
 from maskae.config import build_from, load_config
 from maskae.errors import UserError
+from maskae.experiment import Experiment, assumed_sources
 from maskae.losses.agreement import unit
 from maskae.losses.contrastive import nt_xent
 from maskae.merging import stage_config
+from maskae.mesh import make_mesh
 from maskae.monitor import read_metrics
 from maskae.nn.augmentations import color_jitter
 from maskae.schedules import make_schedule
@@ -108,6 +110,20 @@ def test_cosines_with_restarts() -> None:
     assert [float(plain(step)) for step in (1000, 3800)] == [0.0, 0.0]
     with pytest.raises(UserError, match="growth >= 1"):
         make_schedule("cosine_restarts", peak=0.1, total_steps=10, period=2.0, growth=0.5)
+
+
+def test_the_recipes_reach_their_schedules() -> None:
+    def schedule(variant: str, **changed: Any) -> Any:
+        overrides = [f"stage.contrast.optimizer.schedule_arguments={changed}"] if changed else []
+        config = stage_config(load_config(f"{CONFIG}:{variant}", overrides), "contrast")
+        return Experiment(config, make_mesh(config.mesh.to_dict()), GUIDED, *assumed_sources(config)).optimizer.schedule
+
+    cifar, subset = schedule("base"), schedule("imagenet_subset")
+    assert [round(float(cifar(step)), 6) for step in (0, 500, 1000, 3000)] == [0.1, 0.05, 0.1, 0.1]
+    assert [round(float(subset(step)), 6) for step in (0, 500, 1000)] == [0.1, 0.05, 0.0]
+    assert float(schedule("base", period=500.0)(500)) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="optimizer.schedule_arguments: .*'perod'"):
+        schedule("base", perod=500.0)
 
 
 def test_features_are_the_three_that_the_paper_probes() -> None:
