@@ -209,7 +209,11 @@ class GmDfArguments(ViTArguments):
             params["mask_token"] = scale * jax.random.normal(keys["decoder"], (1, 1, self.width))
         state: State = {"runs": jnp.zeros((self.domains, self.num_classes, 2), jnp.int32)}
         if self.classification == "prompt" and self.text == "prototypes":
-            params["prompt"]["prototypes"] = scale * jax.random.normal(prompt[1], (rows, self.num_classes, self.embedding_width))
+            # Close together, as the prompts "a real face" and "a fake face" of a text tower are: random ones, at a temperature of 0.07, would
+            # start with a loss of several times ln 2, and training first forgets what the image tower knows.
+            common, own = jax.random.split(prompt[1])
+            apart = jax.random.normal(own, (rows, self.num_classes, self.embedding_width))
+            params["prompt"]["prototypes"] = scale * (jax.random.normal(common, (self.embedding_width,)) + 0.1 * apart)
         elif self.classification == "prompt":
             words = scale * jax.random.normal(keys["words"], (self.text_words, self.text_width))
             blank_words = jnp.zeros((1, self.text_words + 2, self.text_width))
