@@ -19,6 +19,8 @@ from maskae.config import default_config, set_duration
 
 VARIANTS = ("tiny", "joint", "real_vs_ai", "base")
 
+TOWER = {"patch_size": 8, "width": 64, "depth": 4, "heads": 4}
+DECODER = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
 NAIVE = {
     "experts": 0,
     "inner_rate": 0.0,
@@ -46,7 +48,7 @@ def get_config(variant: str = "base") -> ConfigDict:
         small(config)
         if variant == "joint":
             config.model.update(NAIVE)
-        return real_vs_ai(config) if variant == "real_vs_ai" else config
+        return real_vs_ai(config) if variant == "real_vs_ai" else in_stages(config)
     config.data.source = "domains:deepfake_faces:dfdc"
     config.data.fields = {"domain": "int32[]", "seen": "int32[]"}
     config.data.examples = 200_000  # frames of four domains; the paper's number is not known
@@ -89,6 +91,7 @@ def method(config: ConfigDict) -> dict:
         "embedding_width": 512,
         "classification": "prompt",
         "text": "tower",
+        "text_weights": "",
         "text_width": 512,
         "text_depth": 12,
         "text_heads": 8,
@@ -113,17 +116,15 @@ def method(config: ConfigDict) -> dict:
 
 
 def small(config: ConfigDict) -> None:
-    """48 pixels in patches of 6 for a tower from scratch, prototypes in place of a text tower, four domains of which three train."""
+    """48 pixels in patches of 8, prototypes in place of a text tower, four domains of which three train."""
     config.data.source = "forgeries:caltech101@48:webcam"
     config.data.image_size = 48
     config.data.train_transform = config.data.val_transform = ()
     config.data.cache = "ram"
     config.model.update(
         {
-            "patch_size": 8,
-            "width": 64,
-            "depth": 4,
-            "heads": 4,
+            **TOWER,
+            "architecture": "vit",
             "domains": 4,
             "train_domains": 2,
             "code_width": 16,
@@ -134,32 +135,54 @@ def small(config: ConfigDict) -> None:
             "text_width": 64,
             "text_depth": 1,
             "text_heads": 4,
-            "decoder_width": 32,
-            "decoder_depth": 1,
-            "decoder_heads": 4,
+            **DECODER,
             "inner_rate": 0.01,
             "dtype": "float32",
             "scan": False,
             "remat": "none",
         }
     )
-    config.train.batch_size = 96
-    set_duration(config.train, total_steps=600)
-    config.optimizer.base_learning_rate = 2.7e-3  # 1e-3 at batch 96
+    config.train.batch_size = 48
+    set_duration(config.train, total_steps=300)
+    config.optimizer.base_learning_rate = 2e-3  # 3.75e-4 at batch 48
     config.optimizer.arguments = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.0}
     config.evaluate.batch_size = 128
 
 
+def in_stages(config: ConfigDict) -> ConfigDict:
+    """A masked autoencoder on the same photographs gives the tower that a contrastive model gives in the paper; then the detector."""
+    tower = {
+        "system": "mae",
+        "model": {"image_size": 48, "channels": 3, **TOWER, **DECODER, "mask_ratio": 0.75, "norm_pix_loss": True},
+        "data": {
+            "source": "archive:caltech101",
+            "train_transform": (("random_resized_crop", {"scale": (0.5, 1.0)}),),
+            "val_transform": (("resize_center_crop", {"resize": 48}),),
+        },
+        "train": {"batch_size": 128, "total_steps": 1200},
+        "optimizer": {
+            "name": "adamw",
+            "schedule": "cosine",
+            "base_learning_rate": 4e-3,  # 2e-3 at batch 128
+            "warmup_percent": 10.0,
+            "arguments": {"b1": 0.9, "b2": 0.95, "weight_decay": 0.05},
+            "clip_norm": 0.0,
+        },
+        "evaluate": {"evaluators": {}},
+    }
+    config.stages = ("tower", "detector")
+    config.stage = {"tower": tower, "detector": {"init_from": "stage:tower"}}
+    return config
+
+
 def real_vs_ai(config: ConfigDict) -> ConfigDict:
-    """Whole images shrunk to 64 pixels; the pictures of a GAN, with the photographs of people, are kept out of training."""
+    """Whole images shrunk to 48 pixels, from scratch; a GAN's pictures, with the photographs of people, are kept out of training."""
     config.data.source = "domains:real_vs_ai_mini:gan+people"
     config.data.val_percent = 30.0
-    config.data.image_size = 64
     config.data.train_transform = (("random_resized_crop", {"scale": (0.5, 1.0)}),)
-    config.data.val_transform = (("resize_center_crop", {"resize": 64}),)
+    config.data.val_transform = (("resize_center_crop", {"resize": 48}),)
     config.model.update({"domains": 5, "train_domains": 3})
     config.train.batch_size = 32
     set_duration(config.train, total_steps=200)
-    config.optimizer.base_learning_rate = 8e-3  # 1e-3 at batch 32
     config.evaluate.batch_size = 64
     return config

@@ -49,7 +49,7 @@ class PromptLearner(nn.Module):
 class TextTower(nn.Module):
     """CLIP's text transformer from embeddings on: positions, causal pre-LN blocks with quick GELU, final norm, the last token's projection.
 
-    Parameters: `position` [L, D], `block_{i}`, `norm`, `projection/kernel` [D, outputs].
+    Parameters: `word_position` [L, D], `block_{i}`, `norm`, `projection/kernel` [D, outputs].
     """
 
     length: int
@@ -63,7 +63,7 @@ class TextTower(nn.Module):
     def __call__(self, embeddings: jax.Array) -> jax.Array:
         """[K, L, D], the last token that of the end of the text -> [K, outputs], float32."""
         count, width = embeddings.shape[1:]
-        position = self.param("position", nn.initializers.normal(0.01), (self.length, width))
+        position = self.param("word_position", nn.initializers.normal(0.01), (self.length, width))
         x = (embeddings + position[:count]).astype(self.dtype)
         options: dict[str, Any] = {"activation": ACTIVATIONS["quick_gelu"], "epsilon": 1e-5, "dtype": self.dtype}
         blocks = [Block(self.heads, **options, name=f"block_{i}") for i in range(self.depth)]

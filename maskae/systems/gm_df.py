@@ -22,6 +22,7 @@ from maskae.data.episodes import EpisodeOrder
 from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.inner_outer import inner_step
+from maskae.interop.clip_text import read_text_tower
 from maskae.losses.agreement import unit
 from maskae.losses.alignment import fit_gaussian, gaussian_wasserstein
 from maskae.losses.class_prompts import class_prompt_logits, domain_temperature
@@ -35,6 +36,7 @@ from maskae.paths import flatten_paths, unflatten_paths
 from maskae.plots import draw_embedding
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.gm_df_arguments import EXPERTS, GmDfArguments
+from maskae.systems.teacher import RANDOM
 
 
 class Part(NamedTuple):
@@ -58,14 +60,24 @@ class GmDf(GmDfArguments):
     """The method; see `GmDfArguments` for its arguments."""
 
     def begin(self, variables: Variables, stage: Any) -> Variables:
-        """Where the training records of each domain and class lie, for `order`. Raises UserError for data without domains."""
+        """Where the training records of each domain and class lie, for `order`, and the text tower's weights.
+
+        Raises UserError for data without domains, and where a text tower has no weights.
+        """
         runs = np.asarray(stage.spec.details.get("runs", ()), np.int32)
         if runs.shape != variables.state["runs"].shape:
             found = f"{len(runs)} domains" if len(runs) else "no domains; the sources forgeries: and domains: have some"
             raise UserError(f"gm_df with domains={self.domains}: {stage.spec.name} has {found}")
         if int(runs[:, :, 1].sum()) != len(stage):
             raise UserError(f"data.max_examples: gm_df draws episodes from all {runs[:, :, 1].sum()} records, not from {len(stage)}")
-        return Variables(variables.params, {**variables.state, "runs": runs})
+        params, state = dict(variables.params), {**variables.state, "runs": runs}
+        if "text" in state and self.text_weights != RANDOM:
+            if not self.text_weights:
+                raise UserError("the text tower has no weights: give model.text_weights CLIP's safetensors file, or take text='prototypes'")
+            kernel = params["projection"]["kernel"]
+            state["text"], kernel = read_text_tower(self.text_weights, state["text"], kernel, self.words)
+            params["projection"] = {"kernel": kernel}
+        return Variables(params, state)
 
     def order(self, variables: Variables, batch_size: int, seed: int) -> EpisodeOrder:
         """Every batch an episode over domains, with both classes of each."""
@@ -104,7 +116,7 @@ class GmDf(GmDfArguments):
             return params["prompt"]["prototypes"]
         text = jax.lax.stop_gradient(state["text"])
         tables = {name: params["prompt"][name] for name in ("domain", "class")}
-        sentences: Any = self.prompts.apply({"params": tables}, text["words"], self.text_place)  # [R * K, L, D]
+        sentences: Any = self.prompts.apply({"params": tables}, text["words"], self.place)  # [R * K, L, D]
         tower = {name: value for name, value in text.items() if name != "words"}
         encoded: Any = self.tower.apply({"params": tower}, sentences)
         return encoded.reshape(self.domains + 1, self.num_classes, self.embedding_width)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice, check_heads
+from maskae.interop.clip_text import GM_DF_WORDS
 from maskae.losses.alignment import ALIGNMENTS
 from maskae.masking import keep_count
 from maskae.nn.domain_vit import Domain, DomainViT
@@ -49,8 +50,9 @@ class GmDfArguments(ViTArguments):
         embedding_width: of the shared space of images and prompts.
         classification: "prompt", or "bce": one linear output.
         text: "prototypes", a learned vector per domain and class, or "tower": learned words through a frozen text tower.
-        text_width, text_depth, text_heads, text_words, text_place: of that tower, the number of fixed words with the marks of start and
-            end, and before which of them the learned ones stand.
+        text_weights: of that tower and of the projections, a safetensors file of CLIP, or "random", for tests. Read when a run starts.
+        text_width, text_depth, text_heads, text_length: of that tower; the length is that of its table of positions.
+        words, place: numbers of the fixed words, with the marks of start and end, and before which of them the learned ones stand.
         temperature, temperature_slope: tau + phi * |domain embedding|.
         mask_ratio, decoder_width, decoder_depth, decoder_heads: of masked reconstruction.
         reconstruction_weight, alignment_weight: 0 leaves the loss out.
@@ -80,11 +82,13 @@ class GmDfArguments(ViTArguments):
     embedding_width: int = 512
     classification: str = "prompt"
     text: str = "tower"
+    text_weights: str = ""
     text_width: int = 512
     text_depth: int = 12
     text_heads: int = 8
-    text_words: int = 7
-    text_place: int = 2
+    text_length: int = 77
+    words: tuple[int, ...] = GM_DF_WORDS
+    place: int = 2
     temperature: float = 0.07
     temperature_slope: float = 0.01
     mask_ratio: float = 0.5
@@ -125,8 +129,8 @@ class GmDfArguments(ViTArguments):
             raise UserError(f"inner_rate={self.inner_rate} moves the experts, and there are none; set it to 0")
         if self.adapts and not self.first_order and self.attention != "xla":
             raise UserError(f"attention='{self.attention}' has no second derivative; take 'xla', or first_order=True")
-        if not 1 <= self.text_place < self.text_words:
-            raise UserError(f"text_place={self.text_place}: after the start and before the end of {self.text_words} words")
+        if not 1 <= self.place < len(self.words) <= self.text_length - 2:
+            raise UserError(f"place={self.place}: the learned words stand between the start and the end of {len(self.words)} fixed ones")
         if not 0 < self.kept(self.length) < self.length:
             raise UserError(f"mask_ratio={self.mask_ratio} masks all or none of {self.length} patches")
 
@@ -176,7 +180,7 @@ class GmDfArguments(ViTArguments):
     def tower(self) -> TextTower:
         """The frozen text tower."""
         options: dict[str, Any] = {"scan": self.scan, "dtype": jnp.dtype(self.dtype)}
-        return TextTower(self.text_words + 2, self.text_depth, self.text_heads, self.embedding_width, **options)
+        return TextTower(self.text_length, self.text_depth, self.text_heads, self.embedding_width, **options)
 
     @property
     def second_norm(self) -> LayerNorm:
@@ -193,7 +197,7 @@ class GmDfArguments(ViTArguments):
         params: Params = {
             "encoder": dict(made),
             "code": {"table": scale * jax.random.normal(keys["code"], (rows, self.code_width))},
-            "prompt": dict(self.prompts.init(prompt[0], jnp.zeros((self.text_words, self.text_width)), self.text_place)["params"]),
+            "prompt": dict(self.prompts.init(prompt[0], jnp.zeros((len(self.words), self.text_width)), self.place)["params"]),
         }
         if self.classification == "bce":
             params["head"] = {"kernel": xavier(keys["head"], (self.width, 1)), "bias": jnp.zeros(1)}
@@ -209,14 +213,14 @@ class GmDfArguments(ViTArguments):
             params["mask_token"] = scale * jax.random.normal(keys["decoder"], (1, 1, self.width))
         state: State = {"runs": jnp.zeros((self.domains, self.num_classes, 2), jnp.int32)}
         if self.classification == "prompt" and self.text == "prototypes":
-            # Close together, as the prompts "a real face" and "a fake face" of a text tower are: random ones, at a temperature of 0.07, would
-            # start with a loss of several times ln 2, and training first forgets what the image tower knows.
+            # Close together, as the prompts "a real face" and "a fake face" of a text tower are: random ones, at a temperature of 0.07,
+            # would start with a loss of several times ln 2, and training first forgets what the image tower knows.
             common, own = jax.random.split(prompt[1])
             apart = jax.random.normal(own, (rows, self.num_classes, self.embedding_width))
             params["prompt"]["prototypes"] = scale * (jax.random.normal(common, (self.embedding_width,)) + 0.1 * apart)
         elif self.classification == "prompt":
-            words = scale * jax.random.normal(keys["words"], (self.text_words, self.text_width))
-            blank_words = jnp.zeros((1, self.text_words + 2, self.text_width))
+            words = scale * jax.random.normal(keys["words"], (len(self.words), self.text_width))
+            blank_words = jnp.zeros((1, len(self.words) + 2, self.text_width))
             state["text"] = {**self.tower.init(keys["text"], blank_words)["params"], "words": words}
         return self.parted(Variables(params, state))
 
@@ -248,7 +252,7 @@ class GmDfArguments(ViTArguments):
     def forward_flops(self, batch: Batch) -> float:
         """Two passes of the tower, of the image and of the masked image, with experts, and the decoder; prompts are left out.
 
-        46 GFLOP of ViT-B/16 a pass... see `passes`.
+        82 GFLOP of the paper's ViT-B/16; see `passes`.
         """
         return sum(self.passes(self.grid_of(batch["image"])))
 

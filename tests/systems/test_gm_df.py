@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from maskae.data.episodes import EpisodeOrder
 from maskae.errors import UserError
+from maskae.interop.clip_text import EMBEDDING, TEXT, read_text_tower
+from maskae.interop.layout import Geometry, to_foreign
 from maskae.losses.reconstruction import masked_mean_squared_error
 from maskae.nn.domain_vit import Domain, carry
 from maskae.nn.experts import Gate, SoftExperts
@@ -27,7 +31,7 @@ from tests.systems.test_mae import count
 
 SMALL: dict[str, Any] = {"image_size": 8, "patch_size": 2, "width": 8, "depth": 2, "heads": 2, "second_order": (0,), "domains": 3}
 SMALL |= {"train_domains": 2, "code_width": 4, "expert_width": 4, "embedding_width": 6, "text": "prototypes", "text_width": 6}
-SMALL |= {"text_depth": 1, "text_heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+SMALL |= {"text_depth": 1, "text_heads": 2, "text_length": 10, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
 GM_DF = GmDf(**SMALL, inner_rate=0.5)
 B = 12
 INDEX = jnp.arange(B, dtype=jnp.int32)
@@ -62,8 +66,8 @@ def test_sizes_and_flops_of_the_paper() -> None:
     gates = 12 * (512 * 64 + 64 + 64 * 3 + 3)
     assert count(variables.params["encoder"]) == count(tower) + bottlenecks + gates + 12 * 2 * 2 * 64 * 768
     assert count(variables.params["prompt"]) == (6 + 2) * 512
-    # 12 blocks of width 512, positions of 9 tokens, the final norm, the projection and 7 words.
-    assert count(variables.state["text"]) == 12 * (12 * 512**2 + 13 * 512) + 9 * 512 + 2 * 512 + 512**2 + 7 * 512
+    # 12 blocks of width 512, positions of 77 tokens, the final norm, the projection and 8 words: CLIP's 63.4 M without its vocabulary.
+    assert count(variables.state["text"]) == 12 * (12 * 512**2 + 13 * 512) + 77 * 512 + 2 * 512 + 512**2 + 8 * 512
     batch: Any = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)}
     # The card: 17.6 GMAC of the tower (17.5 with attention) and 2.1 of the experts, twice, and 1.5 of the decoder.
     assert paper.forward_flops(batch) == pytest.approx(2e9 * (2 * (17.56 + 2.09) + 1.66), rel=1e-2)
@@ -209,7 +213,7 @@ def test_parts_of_a_batch_are_its_groups_and_the_meta_test_domain_is_unknown() -
         GM_DF.parts({name: BATCH[name] for name in ("image", "label", "example")}, jax.random.key(0))
 
 
-def test_prompts_of_a_frozen_text_tower_reach_their_words_alone() -> None:
+def test_prompts_of_a_frozen_text_tower_reach_their_words_alone(tmp_path: Path) -> None:
     system = dataclasses.replace(GM_DF, text="tower")
 
     @jax.jit
@@ -224,6 +228,22 @@ def test_prompts_of_a_frozen_text_tower_reach_their_words_alone() -> None:
         prompts = system.class_prompts(params, state)
         assert prompts.shape == (4, 2, 6)
         return jnp.square(prompts - 1).sum()
+
+    # What CLIP's file would hold comes back from one.
+    tower = {name: value for name, value in text.items() if name != "words"}
+    kernel = np.ones((8, 6), np.float32)
+    arrays = {name: np.asarray(x) for name, x in flatten_paths(tower).items()} | {"image_projection/kernel": kernel}
+    tensors, unnamed = to_foreign(arrays, TEXT, Geometry(1, (1, 1)))
+    assert not unnamed
+    table = np.arange(49408 * 6, dtype=np.float32).reshape(-1, 6)
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()} | {EMBEDDING: table}, tmp_path / "clip.safetensors")
+    read, projection = read_text_tower(tmp_path / "clip.safetensors", text, jnp.zeros((8, 6)), system.words)
+    for path, leaf in flatten_paths(tower).items():
+        np.testing.assert_array_equal(flatten_paths(read)[path], leaf)
+    np.testing.assert_array_equal(read["words"], table[list(system.words)])
+    np.testing.assert_array_equal(projection, kernel)
+    with pytest.raises(UserError, match="no text tower of these sizes"):
+        read_text_tower(tmp_path / "clip.safetensors", text, jnp.zeros((9, 6)), system.words)
 
     by_params, by_text = jax.jit(jax.grad(total, argnums=(0, 1)))({"prompt": prompt}, {"text": text})
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(by_params))
