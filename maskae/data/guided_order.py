@@ -84,7 +84,8 @@ class GuidedOrder:
     there are too few for another batch; what is left over has its chance in the next epoch. With `reuse` an epoch shows every record, and
     small groups start again.
     "official" (the released code): one fixed order by the rank within the group, cut into batches. Only while every group has records left
-    does a batch hold each group once; later ones repeat groups, and the last are of the largest groups alone.
+    does a batch hold each group once; later ones repeat groups, and the last are of the largest groups alone. Ranks follow the order of the
+    records: where that is by class, as in folders, batches hold one class more often than random ones.
     """
 
     def __init__(self, groups: np.ndarray, batch_size: int, *, batching: str = "strict", reuse: bool = False, seed: int = 0):
