@@ -19,8 +19,8 @@ ridge probe in %, 800 validation images. Stage 1 is not counted in "equal steps"
     random                             62.6     64.5     65.0         64.0   68.7   65.7
     untrained                          61.6     63.1     61.8         62.2   65.0   60.6
 
-Guided batches are ahead in P3 with every seed, by 1.5 to 2.0 points, and in P2 and P1 not beyond the noise. (With Keras' batch norm in place
-of torchvision's: 65.3 and 63.5, seed 0.) The autoencoder's own features give 64.9, 65.9, 65.5, as much as the guided run; raw pixels 36.3.
+Guided batches are ahead in P3 with every seed, by 1.5 to 2.0 points, and in P2 and P1 not beyond the noise. (With Keras' batch norm,
+seed 0: 65.3 and 63.5.) The autoencoder's own features give 64.9, 65.9, 65.5, as much as the guided run; raw pixels 36.3.
 No batch held two images of one pseudo label (`same_cluster_pairs` was 0 at all 300 steps, three seeds). Stage 1 ends at an error of 0.0036,
 the contrastive loss at 4.40 to 4.49 (log 127 = 4.84): additive brightness of 0.8 leaves many views black or white. It does not fall "well
 below" as with CIFAR's views (0.23 on Caltech-101).
@@ -30,8 +30,8 @@ against 201 at random. The autoencoder's clusters do go with the classes (two im
 cases, chance 10 %), but batches that are uniform over clusters are not uniform over classes: those that are spread over many small clusters
 come more often, which outweighs what the rule excludes. With batches about as large as there are classes pairs do fall: 2.3 against 2.8
 (batch 8, 16 clusters), 10.7 against 12.0 (16, 32). With 64 clusters strict batches without re-use are 8 per epoch of 50, 226 pairs with or
-without it. `official` gives 449: its ranks follow the order of the records, which is by class here (CIFAR's is not). On Caltech-101 (19.3 at
-random) 17.9 to 19.9, with the labels as clusters 0, with random clusters as at random.
+without it. `official` gives 449: its ranks follow the order of the records, which is by class here (CIFAR's is not). On Caltech-101 (19.3
+at random) 17.9 to 19.9, with the labels as clusters 0, with random clusters as at random.
 
 Caltech-101, seed 0: P3 falls BELOW the untrained 18.5 or 19.5 %, to 15.4 (Keras' batch norm) and 17.0 with ImageNet's views, to 16.2 with
 CIFAR's: without crops 300 steps teach nothing that separates 101 classes. Stage 1 ends at 0.0127, not below 0.01.
