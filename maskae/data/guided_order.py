@@ -13,7 +13,7 @@ import numpy as np
 
 from maskae.errors import UserError, check_choice
 
-BATCHINGS = ("strict", "official")
+BATCHINGS = ("strict", "even", "official")
 EPOCHS_KEPT = 3  # plans in memory: threads that read ahead may stand in two epochs at once
 
 
@@ -77,12 +77,27 @@ def greedy_batches(visits: np.ndarray, batch_size: int, draws: np.random.Generat
     return draws.permutation(np.stack(rows))
 
 
+def even_batches(visits: np.ndarray, batch_size: int, batches: int, draws: np.random.Generator) -> np.ndarray:
+    """Groups int64 [batches, batch_size] as `greedy_batches` gives them, but every row of the same composition in expectation.
+
+    The visits of each group, at most `batches`, are dealt to consecutive rows, starting again at the first one (McNaughton 1959): no row
+    gets a group twice. What is more than the rows hold is left out at random.
+    """
+    left = np.minimum(visits, batches)
+    slots = np.repeat(np.arange(len(left)), left)
+    surplus = draws.permutation(slots)[: len(slots) - batches * batch_size]
+    left = left - np.bincount(surplus, minlength=len(left))
+    turn = draws.permutation(len(left))
+    return draws.permutation(np.repeat(turn, left[turn]).reshape(batch_size, batches).T)
+
+
 class GuidedOrder:
     """The endless order [j] -> record of batches of `batch_size` records from as many groups.
 
     "strict": every epoch anew, records are shuffled within their groups, and batches take from the groups with most records left, until
     there are too few for another batch; what is left over has its chance in the next epoch. With `reuse` an epoch shows every record, and
-    small groups start again.
+    small groups start again. While the largest groups are worked down, batches are of few classes.
+    "even": the same number of batches of different groups, each with the groups in their proportions.
     "official" (the released code): one fixed order by the rank within the group, cut into batches. Only while every group has records left
     does a batch hold each group once; later ones repeat groups, and the last are of the largest groups alone. Ranks follow the order of the
     records: where that is by class, as in folders, batches hold one class more often than random ones.
@@ -114,7 +129,10 @@ class GuidedOrder:
         shuffled = draws.permutation(len(self._groups))
         members = shuffled[np.argsort(self._groups[shuffled], kind="stable")]  # group after group
         firsts = np.cumsum(self._sizes) - self._sizes
-        chosen = greedy_batches(self._visits, self.batch_size, draws)  # [batches, batch_size]
+        if self.batching == "even":
+            chosen = even_batches(self._visits, self.batch_size, self.batches_per_epoch, draws)  # [batches, batch_size]
+        else:
+            chosen = greedy_batches(self._visits, self.batch_size, draws)  # [batches, batch_size]
         turn = ranks_in_groups(chosen.reshape(-1), np.arange(chosen.size)).reshape(chosen.shape)
         return self._records[members[firsts[chosen] + turn % self._sizes[chosen]]]
 

@@ -40,8 +40,8 @@ class GSimClr(ContrastiveCnn):
 
     Args:
         head_widths: of the projection head's layers, ReLU between them.
-        batching: "strict" (no two images of one pseudo label in a batch), "official" (the released code: so only while every cluster has
-            images left) or "random" (plain SimCLR; no stage before is read).
+        batching: "strict" (no two images of one pseudo label in a batch), "even" (so too, with clusters in their proportions),
+            "official" (the released code: so only while every cluster has images left) or "random" (plain SimCLR; no stage before is read).
         clusters: of k-means; the paper has as many as a batch has images. "strict" without `reuse` drops what the largest clusters cannot
             fill batches with, and 2 to 4 times as many clusters as images in a batch lose less.
         reuse: images of small clusters repeat within an epoch, and none is dropped.

@@ -26,9 +26,10 @@ def naive_full_batches(sizes: np.ndarray, batch_size: int) -> int:
     return max(t for t in range(int(sizes.sum()) + 1) if np.minimum(sizes, t).sum() >= batch_size * t)
 
 
+@pytest.mark.parametrize("batching", ["strict", "even"])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 12])
-def test_strict_batches_hold_different_groups_and_are_as_many_as_can_be(batch_size: int) -> None:
-    order = GuidedOrder(SHUFFLED, batch_size, seed=3)
+def test_batches_hold_different_groups_and_are_as_many_as_can_be(batch_size: int, batching: str) -> None:
+    order = GuidedOrder(SHUFFLED, batch_size, seed=3, batching=batching)
     sizes = np.bincount(SHUFFLED)
     assert order.batches_per_epoch == naive_full_batches(sizes, batch_size)
     for number in range(3):
@@ -53,9 +54,10 @@ def test_as_many_batches_as_can_be_for_many_sizes() -> None:
         assert full_batches(visits, batch_size) == batches
 
 
-def test_with_reuse_every_record_is_shown_and_small_groups_repeat() -> None:
+@pytest.mark.parametrize("batching", ["strict", "even"])
+def test_with_reuse_every_record_is_shown_and_small_groups_repeat(batching: str) -> None:
     groups = np.repeat(np.arange(4), [2, 3, 5, 9])
-    order = GuidedOrder(groups, 4, reuse=True)
+    order = GuidedOrder(groups, 4, reuse=True, batching=batching)
     epoch = order.epoch(0)
     assert len(epoch) == 9, "with as many groups as a batch has rows: the largest group's size"
     assert distinct(epoch, groups) and set(epoch.reshape(-1)) == set(range(len(groups)))
@@ -100,6 +102,19 @@ def test_with_labels_as_groups_no_batch_holds_a_false_negative_and_random_groups
     chance = 28 * float((np.bincount(labels) / 2000) @ (np.bincount(labels) / 2000))
     assert pairs(noisy) < 0.85 * chance
     assert pairs(DRAWS.integers(0, 40, 2000)) == pytest.approx(chance, rel=0.08)
+
+
+def test_even_batches_spare_false_negatives_where_large_groups_are_of_one_class() -> None:
+    # One class in few large groups, nine in many small ones; the groups are pure.
+    groups = np.r_[np.repeat(np.arange(8), 50), np.repeat(np.arange(8, 188), 20)]
+    labels = np.where(groups < 8, 0, 1 + (groups - 8) % 9)
+
+    def pairs(batching: str) -> float:
+        epoch = GuidedOrder(groups, 16, batching=batching).epoch(0)
+        return float(np.mean([sum(n * (n - 1) // 2 for n in np.bincount(labels[batch])) for batch in epoch]))
+
+    chance = 120 * float(np.square(np.bincount(labels) / len(labels)).sum())
+    assert pairs("even") < 0.98 * chance < chance < pairs("strict")
 
 
 class Numbers:
