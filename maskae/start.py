@@ -79,7 +79,9 @@ def start_from(system: System, fresh: Variables, path: Path) -> Variables:
     if hasattr(system, "with_pretrained"):
         return placed_like(fresh, system.with_pretrained(fresh, read_variables(path, fresh)))
     if hasattr(system, "with_encoder"):
-        template = {"encoder": fresh.state.get("encoder") or fresh.params["encoder"]}
+        # A frozen encoder lies in the state, or that part of it which is frozen.
+        parts = (flatten_paths(each.get("encoder", {})) for each in fresh)
+        template = {"encoder": unflatten_paths({path: leaf for part in parts for path, leaf in part.items()})}
         pretrained = read(path, system, template)
         if "encoder" not in pretrained.params:
             raise UserError(f"{path} holds no encoder; it holds {', '.join(sorted(pretrained.params))}")

@@ -194,6 +194,9 @@ class GmDfArguments(ViTArguments):
         made: Params = self.encoder.init(keys["encoder"], self.blank_images(), blank, self.depth, method="represent")["params"]
         prompt, scale = jax.random.split(keys["prompt"]), PROMPT_STD
         rows = self.domains + 1
+        if self.architecture == "clip":
+            # CLIP's patch projection has no bias, and a file of it cannot replace one.
+            made = {**made, "patch_embed": {**made["patch_embed"], "bias": jnp.zeros(self.width)}}
         params: Params = {
             "encoder": dict(made),
             "code": {"table": scale * jax.random.normal(keys["code"], (rows, self.code_width))},

@@ -18,12 +18,14 @@ from maskae.data.episodes import EpisodeOrder
 from maskae.errors import UserError
 from maskae.interop.clip_text import EMBEDDING, TEXT, read_text_tower
 from maskae.interop.layout import Geometry, to_foreign
+from maskae.interop.weights import export_weights
 from maskae.losses.reconstruction import masked_mean_squared_error
 from maskae.nn.domain_vit import Domain, carry
 from maskae.nn.experts import Gate, SoftExperts
 from maskae.nn.layers import Attention, LayerNorm
 from maskae.nn.vit import ViTEncoder
 from maskae.paths import flatten_paths, unflatten_paths
+from maskae.start import start_from
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System, Variables
 from maskae.systems.gm_df import GmDf, Seen
@@ -265,6 +267,17 @@ def test_a_frozen_tower_lies_in_the_state_and_a_pretrained_one_is_adopted() -> N
         for path, leaf in flatten_paths(given).items():
             np.testing.assert_array_equal(adopted[path], leaf)
         np.testing.assert_array_equal(adopted["block_0/norm1/scale_map"], 0)
+
+
+@pytest.mark.parametrize("train_vision", [True, False])
+def test_a_run_starts_from_a_file_of_clip(train_vision: bool, tmp_path: Path) -> None:
+    system = dataclasses.replace(GM_DF, train_vision=train_vision)
+    given = plain(jax.tree.map(lambda x: x + 1, STARTED.params["encoder"]))
+    assert export_weights({"encoder": given}, tmp_path / "clip.safetensors", Geometry(2, (4, 4)), "clip") == ["encoder/patch_embed/bias"]
+    started = start_from(system, system.parted(STARTED), tmp_path / "clip.safetensors")
+    adopted = flatten_paths(system.whole(*started)["encoder"])
+    for path, leaf in flatten_paths(given).items():
+        np.testing.assert_array_equal(adopted[path], leaf if path != "patch_embed/bias" else 0)
 
 
 def test_it_begins_with_the_runs_of_its_data_and_orders_episodes() -> None:
