@@ -16,8 +16,8 @@ from maskae.main import main
 from tests.test_train import SMALL, assert_same_run, stored
 
 ROOT = Path(__file__).parent.parent
-# The flag that simulates eight devices belongs to the test process, not to a user's.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+# Eight simulated devices belong to the test process, not to a user's; the last flag counts.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
 QUICK = ("evaluate.panels=0", "evaluate.baselines=false", "evaluate.evaluators={'rank': {}}", "evaluate.every_steps=100")
 RUN = [f"--config.{override}" for override in (*SMALL, *QUICK)]
 

@@ -176,6 +176,7 @@ CASES: dict[str, Case] = {
         "configs/graph_mae.py:mutag",
         ("model.width=16", "model.depth=2", "train.batch_size=16", "optimizer.base_learning_rate=0.08"),
         data="graphs_tu",
+        tolerance=1e-3,  # at this rate rounding grows: compiled without optimisation it ends 3e-4 away
     ),
     "hicmae": Case(
         "configs/hicmae.py:tiny",
@@ -293,8 +294,8 @@ CASES: dict[str, Case] = {
 }
 
 
-# One of each kind: patches, a whole graph, two stages on a graph, vectors, and a stage that takes the one before as a frozen teacher.
-FAST = ("mae", "graph_mae", "scgc", "regularized_ae", "mask_align")
+# One of each kind: patches, a whole graph, two stages on a graph, vectors.
+FAST = ("mae", "graph_mae", "scgc", "regularized_ae")
 
 
 def overrides_of(case: Case) -> list[str]:
