@@ -151,13 +151,12 @@ def two(folder) -> Path:
 @pytest.fixture(scope="module")
 def four(folder) -> Path:
     """Four processes with one device each; tensor parallel over two processes, which therefore read the same rows."""
-    results = ended(launch(4, 1, [], runs=both(folder / "four", "mesh.tensor=2")))
+    results = ended(launch(4, 1, [], runs=both(folder / "four", "mesh.tensor=2")[:1]))
     assert [status for status, _ in results] == [0] * 4, results
     return folder / "four"
 
 
-@pytest.mark.parametrize("system", ["mae", "contrast"])
-@pytest.mark.parametrize("layout", ["two", "four"])
+@pytest.mark.parametrize(("layout", "system"), [("two", "mae"), ("two", "contrast"), ("four", "mae")])
 def test_processes_train_as_one(layout, system, one, request):
     other = request.getfixturevalue(layout) / system
     assert batches(other) == batches(one / system) and len(batches(other)) == STEPS
