@@ -45,7 +45,7 @@ def render(parts: Sequence[Coloured], extent: float) -> np.ndarray:
 def cloud_sheet(columns: Mapping[str, Sequence[Sequence[Coloured]]], *, caption: str = "") -> np.ndarray:
     """A sheet, uint8 [height, width, 3]: title -> for each cloud what `render` takes. A row has the scale of its first cloud."""
     first = next(iter(columns.values()))
-    extents = [max(float(np.linalg.norm(points, axis=-1).max(initial=1e-6)) for points, _ in parts) for parts in first]
+    extents = [max(float(np.max(np.linalg.norm(points, axis=-1), initial=1e-6)) for points, _ in parts) for parts in first]
     pictures = {
         title: np.stack([render(parts, extent) for parts, extent in zip(clouds, extents, strict=True)])
         for title, clouds in columns.items()

@@ -105,7 +105,7 @@ def open_archive(arguments: SourceArguments) -> Source:
     known = arguments.known_statistics(channels)
     mean, std = known or measure_sample(lambda index: read_member(path, files[train[index]]), len(train), channels)
     names = {int(row["label"]): row["class"] for row in rows if row.get("class")}
-    classes = int(labels.max(initial=-1)) + 1
+    classes = int(np.max(labels, initial=-1)) + 1
     spec = DataSpec(
         name=arguments.name,
         image_shape=None,

@@ -164,7 +164,7 @@ def listed(arguments: SourceArguments, rows: list[dict[str, str]], fields: dict[
     files = [row["file"] for row in rows]
     column = next((each for each in CLASS_COLUMNS if rows and each in rows[0]), "")
     names = {int(row["label"]): row[column] for row in rows if column}
-    classes = int(labels.max(initial=NO_LABEL)) + 1
+    classes = int(np.max(labels, initial=NO_LABEL)) + 1
     spec = DataSpec(
         name=arguments.name,
         image_shape=None,

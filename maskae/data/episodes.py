@@ -48,7 +48,7 @@ class EpisodeOrder:
             raise UserError(f"an episode has {self.groups} domains; the training data has {len(self.domains)}")
         for domain in self.domains:
             if (self.runs[domain, :, 1] == 0).any():
-                raise UserError(f"domain {domain} of the training data has no records of class {int(self.runs[domain, :, 1].argmin())}")
+                raise UserError(f"domain {domain} of the training data has no records of class {int(np.argmin(self.runs[domain, :, 1]))}")
 
     @property
     def domains(self) -> np.ndarray:

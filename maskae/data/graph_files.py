@@ -168,7 +168,7 @@ def read_planetoid(folder: Path, name: str) -> NodeGraph:
         raise UserError(f"{folder / f'ind.{name}.test.index'} is no list of nodes: {error}") from error
     parts = {part: _unpickle(content, str(folder / f"ind.{name}.{part}")) for part, content in contents.items()}
     known = len(parts["ally"])
-    count = int(test.max()) + 1
+    count = int(np.max(test)) + 1
     features = np.zeros((count, parts["allx"].dense().shape[1]), np.float32)
     labels = np.zeros(count, np.int32)
     features[:known], labels[:known] = parts["allx"].dense(), parts["ally"].argmax(1)

@@ -49,7 +49,7 @@ class ClippedScale:
     @classmethod
     def measured(cls, images: Iterable[np.ndarray]) -> ClippedScale:
         """From mean - 2 std to mean + 2 std over all pixels of images [..., c]."""
-        count, total, squares = 0, np.float64(0), np.float64(0)
+        count, total, squares = 0, np.zeros(()), np.zeros(())
         for image in images:
             values = image.reshape(-1, image.shape[-1]).astype(np.float64)
             count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)

@@ -30,8 +30,8 @@ def cross_validated_svm(
         UserError: a class with fewer members than folds.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) < 2 or counts.min() < folds:
-        fewest = int(counts.min())
+    if len(classes) < 2 or np.min(counts) < folds:
+        fewest = int(np.min(counts))
         raise UserError(f"graph_svm: {folds} folds need two classes with {folds} graphs each; there are {len(classes)}, one with {fewest}")
     scores = []
     for fit, scored in StratifiedKFold(folds, shuffle=True, random_state=fold_seed).split(embeddings, labels):

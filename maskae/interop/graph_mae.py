@@ -175,8 +175,8 @@ def replay_pools(case: Case, part: Part) -> dict[str, Reproduced]:
     edges = [np.flatnonzero(proper & (owner[senders] == graph)) for graph in range(len(counts))]
     room = (len(counts), max(map(len, edges)))
     batch = {
-        "nodes": np.zeros((len(counts), counts.max(), part.x.shape[-1]), np.float32),
-        "node_mask": np.arange(counts.max()) < counts[:, None],
+        "nodes": np.zeros((len(counts), np.max(counts), part.x.shape[-1]), np.float32),
+        "node_mask": np.arange(np.max(counts)) < counts[:, None],
         "edge_mask": np.arange(room[1]) < np.asarray([len(rows) for rows in edges])[:, None],
         "senders": np.zeros(room, np.int32),
         "receivers": np.zeros(room, np.int32),

@@ -63,5 +63,5 @@ def replay_molecules(case: Case, part: str) -> dict[str, Reproduced]:
 def _padded(rows: jax.Array, owner: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Nodes [N, D] of several graphs as [B, n, D] with zeros, and their mask [B, n]."""
     counts = np.bincount(owner)
-    node_mask = np.arange(counts.max()) < counts[:, None]
+    node_mask = np.arange(np.max(counts)) < counts[:, None]
     return jnp.zeros((*node_mask.shape, rows.shape[-1])).at[np.nonzero(node_mask)].set(rows), jnp.asarray(node_mask)

@@ -89,7 +89,7 @@ class Tip(TipArguments):
                 places = (np.arange(self.marginal_rows) + 0.5) * len(there) / self.marginal_rows
                 marginals[:, number] = there[places.astype(int)]
         for number, cardinality in enumerate(self.cardinalities):
-            if marginals[:, number].max() >= cardinality:
+            if np.max(marginals[:, number]) >= cardinality:
                 wanted = tuple(stage.spec.details.get("cardinalities", []))
                 raise UserError(f"cardinalities={self.cardinalities}: column {number} has more values; those of the data are {wanted}")
         return Variables(variables.params, {**variables.state, "marginals": jnp.asarray(marginals)})
