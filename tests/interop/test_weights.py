@@ -23,7 +23,7 @@ from maskae.systems.mae_finetune import FineTune
 SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2}
 MAE = Mae(**SMALL, decoder_width=8, decoder_depth=1, decoder_heads=2)
 GEOMETRY = Geometry(4, (4, 4))
-PARAMS = MAE.init(jax.random.key(0), {}).params
+PARAMS = jax.eval_shape(lambda: MAE.init(jax.random.key(0), {}).params)
 
 
 def randomised(tree: Any, seed: int = 0) -> Any:
@@ -150,7 +150,7 @@ def test_other_patch_size_and_width_are_listed_leaf_by_leaf(tmp_path: Path) -> N
 def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
     save_file({"conv1.weight": np.zeros((3, 3), np.float32)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="nothing in .* fits the model in any known layout .* conv1.weight"):
-        load_weights(tmp_path / "w.safetensors", PARAMS, GEOMETRY)
+        load_weights(tmp_path / "w.safetensors", zeros(PARAMS), GEOMETRY)
 
 
 def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_files_are_not_overwritten_or_guessed(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"precious")
     with pytest.raises(UserError, match="exists; weights are not overwritten"):
-        export_weights(PARAMS, path, GEOMETRY)
+        export_weights(randomised(PARAMS), path, GEOMETRY)
     assert path.read_bytes() == b"precious"
     with pytest.raises(UserError, match="not a readable safetensors file"):
         read_tensors(path)
@@ -174,9 +174,9 @@ def test_files_are_not_overwritten_or_guessed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="python -m maskae.interop.torch_file"):
         read_tensors(tmp_path / "mae.pth")
     with pytest.raises(UserError, match="no folder"):
-        export_weights(PARAMS, tmp_path / "absent" / "w.safetensors", GEOMETRY)
+        export_weights(randomised(PARAMS), tmp_path / "absent" / "w.safetensors", GEOMETRY)
     with pytest.raises(UserError, match="unknown layout 'tim' \\(did you mean 'timm'"):
-        export_weights(PARAMS, tmp_path / "new.safetensors", GEOMETRY, "tim")
+        export_weights(randomised(PARAMS), tmp_path / "new.safetensors", GEOMETRY, "tim")
 
 
 def test_every_parameter_has_one_name_in_the_papers_layout() -> None:

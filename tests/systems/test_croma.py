@@ -35,8 +35,8 @@ def images_of(side: int, batch: int = 4) -> dict[str, jax.Array]:
 
 IMAGES = images_of(16)
 BATCH = {f"sensor_{sensor}": x for sensor, x in IMAGES.items()} | {"example": EXAMPLE}
-PARAMS = CROMA.init(jax.random.key(0), BATCH).params
-NOISE = CROMA.noise(IMAGES, EXAMPLE, jax.random.key(5))
+PARAMS = jax.jit(CROMA.init)(jax.random.key(0), BATCH).params
+NOISE = jax.jit(CROMA.noise)(IMAGES, EXAMPLE, jax.random.key(5))
 
 
 @pytest.fixture(scope="module")

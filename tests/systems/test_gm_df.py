@@ -41,7 +41,7 @@ BATCH = {"image": jax.random.normal(jax.random.key(1), (B, 8, 8, 3)), "label": I
 BATCH["seen"] = jnp.ones(B, jnp.int32)
 STARTED = jax.jit(GM_DF.init)(jax.random.key(0), BATCH)
 # Away from the start, where maps and experts are 0.
-PARAMS = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), STARTED.params)
+PARAMS = jax.tree.map(lambda x: x + 0.3 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), STARTED.params)
 META = dataclasses.replace(GM_DF, depth=1, second_order=(), reconstruction_weight=0.0)  # compiles in a quarter of the time
 loss_and_gradient = jax.jit(jax.value_and_grad(lambda p: META.loss(p, STARTED.state, BATCH, jax.random.key(2), jnp.int32(0)), has_aux=True))
 

@@ -31,9 +31,9 @@ BATCH = {
     "spectrogram": jax.random.normal(jax.random.key(1), (4, 16, 8)),
     "example": EXAMPLE,
 }
-PARAMS = HICMAE.init(jax.random.key(0), BATCH).params
+PARAMS = jax.jit(HICMAE.init)(jax.random.key(0), BATCH).params
 INPUTS = HICMAE.inputs(BATCH)
-MASKS = HICMAE.masks(EXAMPLE, jax.random.key(5))
+MASKS = jax.jit(HICMAE.masks)(EXAMPLE, jax.random.key(5))
 
 
 @pytest.fixture(scope="module")
