@@ -12,7 +12,7 @@ from maskae.nn.graph_layers import Activation, TorchLinear
 
 
 class Mlp(nn.Module):
-    """x -> [..., widths[-1]] through `layer_{i}/{kernel, bias}`, from torch's default start, or with `keras` from Keras' (Glorot, no bias).
+    """x -> [..., widths[-1]] through `layer_{i}/{kernel, bias}`, from torch's default start, or with `keras` from Keras' (Glorot, biases of 0).
 
     With `keep_hidden` the outputs of all layers come, each after its activation.
     """
