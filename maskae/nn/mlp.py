@@ -12,9 +12,10 @@ from maskae.nn.graph_layers import Activation, TorchLinear
 
 
 class Mlp(nn.Module):
-    """x -> [..., widths[-1]] through `layer_{i}/{kernel, bias}`, from torch's default start, or with `keras` from Keras' (Glorot, biases of 0).
+    """x -> [..., widths[-1]] through `layer_{i}/{kernel, bias}`, from torch's default start.
 
-    With `keep_hidden` the outputs of all layers come, each after its activation.
+    With `keras` it is Keras' start, Glorot's for kernels and 0 for biases. With `keep_hidden` the outputs of
+    all layers come, each after its activation.
     """
 
     widths: Sequence[int]
