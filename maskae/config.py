@@ -44,6 +44,37 @@ def use_digits(config: ConfigDict) -> None:
     config.data.update({"source": "digits", "image_size": 8, "channels": 1, "train_transform": (), "val_transform": (), "flip": False})
 
 
+def default_data() -> dict[str, Any]:
+    """The keys of `config.data`, which all stages of the input pipeline read."""
+    return {
+        "source": "digits",  # digits | folder:/path | arrayrecord:/path or gs://bucket/path | tfds:name | npz:/path
+        "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
+        "val_percent": 10.0,  # share split off for validation where the source has no split of its own
+        "split_seed": 0,
+        "max_examples": 0,  # use only so many training records, evenly spaced; 0: all
+        "fields": {},  # arrays of a record besides the image, {"points": "float32[1024,3]"}, for a dry run without the data
+        "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
+        "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet | unit (0..1)
+        "cache": "none",  # none | ram: keep what was read of each record in memory, as it is stored
+        "cache_gigabytes": 16.0,  # of each split's cache per process (and worker); what does not fit is read again
+        "shard_folder": "",  # where shards of a bucket are copied to; empty: .cache/maskae/shards in the home folder
+        "shard_gigabytes": 500.0,  # of all copies in it
+        "image_size": 224,  # pixels per side after the transform
+        "channels": 3,
+        "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out
+        "val_transform": (("resize_center_crop", {}),),
+        "flip": True,  # horizontal, with probability 0.5, on the device
+        "mixup_alpha": 0.0,  # 0: off; needs labels
+        "cutmix_alpha": 0.0,
+        "label_smoothing": 0.0,
+        "erasing": 0.0,  # probability of random erasing per image
+        "views": 1,  # augmented views of each decoded image, side by side in a batch; an epoch stays as many examples
+        "workers": 0,  # processes that decode; 0: threads of this process
+        "threads": 2,  # that read ahead
+        "max_bad_percent": 1.0,  # a larger share of unreadable records stops the run
+    }
+
+
 def default_config() -> ConfigDict:
     """All keys of a run. The comment behind a key is its documentation."""
     return ConfigDict({
@@ -54,33 +85,7 @@ def default_config() -> ConfigDict:
         # Runs one after the other, each in a folder of its own, by name; `stage` holds for each name what differs from the keys here.
         "stages": (),
         "stage": {},
-        "data": {
-            "source": "digits",  # digits | folder:/path | arrayrecord:/path or gs://bucket/path | tfds:name | npz:/path
-            "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
-            "val_percent": 10.0,  # share split off for validation where the source has no split of its own
-            "split_seed": 0,
-            "max_examples": 0,  # use only so many training records, evenly spaced; 0: all
-            "fields": {},  # arrays of a record besides the image, {"points": "float32[1024,3]"}, for a dry run without the data
-            "examples": 0,  # training records of the recipe's data, for a dry run on a machine without them
-            "statistics": "measured",  # mean and std to normalise by: measured (of the training records) | imagenet | unit (0..1)
-            "cache": "none",  # none | ram: keep what was read of each record in memory, as it is stored
-            "cache_gigabytes": 16.0,  # of each split's cache per process (and worker); what does not fit is read again
-            "shard_folder": "",  # where shards of a bucket are copied to; empty: .cache/maskae/shards in the home folder
-            "shard_gigabytes": 500.0,  # of all copies in it
-            "image_size": 224,  # pixels per side after the transform
-            "channels": 3,
-            "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out
-            "val_transform": (("resize_center_crop", {}),),
-            "flip": True,  # horizontal, with probability 0.5, on the device
-            "mixup_alpha": 0.0,  # 0: off; needs labels
-            "cutmix_alpha": 0.0,
-            "label_smoothing": 0.0,
-            "erasing": 0.0,  # probability of random erasing per image
-            "views": 1,  # augmented views of each decoded image, side by side in a batch; an epoch stays as many examples
-            "workers": 0,  # processes that decode; 0: threads of this process
-            "threads": 2,  # that read ahead
-            "max_bad_percent": 1.0,  # a larger share of unreadable records stops the run
-        },
+        "data": default_data(),
         "train": {
             "batch_size": 64,  # global: over all devices and microbatches
             **duration(total_epochs=1.0),
