@@ -156,7 +156,8 @@ def four(folder) -> Path:
     return folder / "four"
 
 
-@pytest.mark.parametrize(("layout", "system"), [("two", "mae"), ("two", "contrast"), ("four", "mae")])
+# Four processes on two cores take half a minute: pytest -n 0 -m slow tests/test_processes.py
+@pytest.mark.parametrize(("layout", "system"), [("two", "mae"), ("two", "contrast"), pytest.param("four", "mae", marks=pytest.mark.slow)])
 def test_processes_train_as_one(layout, system, one, request):
     other = request.getfixturevalue(layout) / system
     assert batches(other) == batches(one / system) and len(batches(other)) == STEPS

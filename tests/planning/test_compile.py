@@ -94,6 +94,8 @@ def test_sharded_parameters_compile_without_involuntary_rematerialisation():
     assert sharded.memory.usable < sharded.memory.capacity == 32 * GIB
 
 
+# tests/test_mesh.py sees the same warning in every run, from the CPU's compiler: pytest -n 0 -m slow tests/planning/test_compile.py
+@pytest.mark.slow
 def test_without_constraints_the_compiler_warns_of_involuntary_rematerialisation(monkeypatch):
     for module in (maskae.nn.layers, maskae.nn.vit, maskae.systems.mae):
         monkeypatch.setattr(module, "constrain", lambda x, *axes: x)
