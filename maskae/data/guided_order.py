@@ -7,6 +7,8 @@ every host computes the same one and reads its rows of every batch: nothing is e
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,16 +29,14 @@ def ranks_in_groups(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
     return ranks
 
 
+def largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest of 0..limit for which `holds` is true, as it is for 0 and for all below it."""
+    return bisect_left(range(1, limit + 1), True, key=lambda number: not holds(number))
+
+
 def full_batches(sizes: np.ndarray, batch_size: int) -> int:
     """The largest T with sum_c min(n_c, T) >= batch_size * T: so many batches of different groups can be made, no record twice."""
-    low, high = 0, int(sizes.sum()) // batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if np.minimum(sizes, middle).sum() >= batch_size * middle:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return largest(lambda batches: bool(np.minimum(sizes, batches).sum() >= batch_size * batches), int(sizes.sum()) // batch_size)
 
 
 def visits_with_reuse(sizes: np.ndarray, batch_size: int) -> np.ndarray:
@@ -47,16 +47,11 @@ def visits_with_reuse(sizes: np.ndarray, batch_size: int) -> np.ndarray:
     batches = max(int(sizes.max()), -(-int(sizes.sum()) // batch_size))
     visits = sizes.astype(np.int64).copy()
     lacking = batches * batch_size - int(visits.sum())
-    low, high = 0, batches
-    while low < high:  # the highest level to which the smallest groups can be filled
-        middle = (low + high + 1) // 2
-        if np.maximum(middle - sizes, 0).sum() <= lacking:
-            low = middle
-        else:
-            high = middle - 1
-    visits = np.maximum(visits, low)
+    # To which the smallest groups can be filled.
+    level = largest(lambda level: bool(np.maximum(level - sizes, 0).sum() <= lacking), batches)
+    visits = np.maximum(visits, level)
     rest = batches * batch_size - int(visits.sum())
-    visits[np.flatnonzero(visits == low)[:rest]] += 1
+    visits[np.flatnonzero(visits == level)[:rest]] += 1
     return visits
 
 

@@ -63,14 +63,12 @@ class Detection:
         scores, domains = logits[:, 1] - logits[:, 0], val["domain"]
         found = {"auc": area_under_curve(scores, labels), "eer": equal_error_rate(scores, labels)}
         found["detection_accuracy"] = float((logits.argmax(1) == labels).mean())
-        kinds: dict[str, list[int]] = {"seen": [], "held_out": []}
+        kinds: dict[str, list[tuple[float, float]]] = {"seen": [], "held_out": []}
         for domain in np.unique(domains):
             rows = domains == domain
-            found[f"auc_domain_{domain}"] = area_under_curve(scores[rows], labels[rows])
-            kinds["seen" if val["seen"][rows].all() else "held_out"].append(int(domain))
+            area = found[f"auc_domain_{domain}"] = area_under_curve(scores[rows], labels[rows])
+            kinds["seen" if val["seen"][rows].all() else "held_out"].append((area, equal_error_rate(scores[rows], labels[rows])))
         for kind, members in kinds.items():
             if members:
-                parts = [(scores[domains == domain], labels[domains == domain]) for domain in members]
-                found[f"auc_{kind}"] = float(np.mean([area_under_curve(*part) for part in parts]))
-                found[f"eer_{kind}"] = float(np.mean([equal_error_rate(*part) for part in parts]))
+                found[f"auc_{kind}"], found[f"eer_{kind}"] = (float(mean) for mean in np.mean(members, 0))
         return found

@@ -15,7 +15,6 @@ from maskae.interop.cnn import batch_norm, foreign_names, load, resnet
 from maskae.interop.layout import LINEAR, Layout, Rule
 from maskae.interop.record import numbers_of
 from maskae.interop.vit import linear
-from maskae.losses.agreement import unit
 from maskae.losses.contrastive import nt_xent
 from maskae.losses.sinkhorn import sinkhorn
 from maskae.nn.batch_norm import STATISTICS, BatchNorm
@@ -26,6 +25,7 @@ from maskae.systems.byol import Byol
 from maskae.systems.contract import Params, State
 from maskae.systems.moco_v2 import MocoV2
 from maskae.systems.swav import Swav
+from maskae.vectors import unit
 
 
 class LinearEncoder:

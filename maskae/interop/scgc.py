@@ -13,13 +13,13 @@ from maskae.evaluate.clustering import clustering_metrics, fill_empty_clusters
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.graph_mae_layout import gradient_outputs, linear, load_variables, official_names
 from maskae.interop.layout import VALUE, Layout, Rule
-from maskae.losses.agreement import unit
 from maskae.losses.neighbourhood import Neighbourhood, neighbourhood_contrast
 from maskae.losses.soft_clusters import sharpened_target
 from maskae.optim import make_optimizer
 from maskae.schedules import make_schedule
 from maskae.systems.contract import Params
 from maskae.systems.scgc import Scgc
+from maskae.vectors import unit
 
 METRICS = ("cluster_accuracy", "cluster_nmi", "cluster_ari", "cluster_macro_f1")
 TERMS = {"kl_loss": "cluster", "ncontrast_loss": "contrast", "re_loss": "reconstruction"}

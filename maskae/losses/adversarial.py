@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import check_choice
 
 DISCRIMINATOR_LOSSES = ("mse", "hinge", "vanilla")
 
@@ -20,11 +20,9 @@ def discriminator_loss(real: jax.Array, fake: jax.Array, kind: str = "mse") -> j
     Returns:
         float32 scalar. Raises UserError for an unknown kind.
     """
+    check_choice("discriminator loss", kind, DISCRIMINATOR_LOSSES)
     if kind == "mse":
         return 0.5 * (jnp.square(real - 1).mean() + jnp.square(fake).mean())
     if kind == "hinge":
         return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
-    if kind == "vanilla":
-        return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
-    hint = nearest(kind, DISCRIMINATOR_LOSSES)
-    raise UserError(f"unknown discriminator loss '{kind}'{hint}; there are {', '.join(DISCRIMINATOR_LOSSES)}")
+    return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())

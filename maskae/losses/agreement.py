@@ -6,18 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice
+from maskae.vectors import unit
 
 PAIRINGS = ("matched", "all")
-SMALLEST_NORM = 1e-12
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """[..., D] -> float32 of length 1 along the last axis; a zero vector stays zero, with gradient zero."""
-    wide = x.astype(jnp.float32)
-    square = jnp.square(wide).sum(-1, keepdims=True)
-    positive = square > 0
-    length = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-    return wide / jnp.maximum(length, SMALLEST_NORM)
 
 
 def token_agreement(first: jax.Array, second: jax.Array, counted: jax.Array, pairing: str = "matched") -> jax.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from maskae.losses.agreement import unit
+from maskae.vectors import unit
 
 
 def class_prompt_logits(features: jax.Array, prompts: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError
-from maskae.losses.agreement import unit
 from maskae.losses.blocked import Anchors, Candidates, Computation, Pairs, row_losses
+from maskae.vectors import unit
 
 SMALLEST_SHARE = 1e-8
 

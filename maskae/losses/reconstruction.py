@@ -49,7 +49,8 @@ def masked_mean_squared_error(prediction: jax.Array, target: jax.Array, mask: ja
 def scaled_cosine_error(prediction: jax.Array, target: jax.Array, exponent: float) -> jax.Array:
     """(1 - cos)^exponent of each row pair (GraphMAE, Hou et al., KDD 2022, equation 2); float32 [...] of [..., D] twice.
 
-    Vectors are divided by max(norm, 1e-12) as in the released code: a row of zeros has cosine 0, error 1 and no gradient.
+    Vectors are divided by max(norm, 1e-12) as in the released code: a row of zeros has cosine 0, error 1 and a slope of 1e12 along the
+    other row. CiteSeer's isolated nodes are such predictions at the first step, and Adam's second moment remembers them.
     """
 
     def unit(rows: jax.Array) -> jax.Array:

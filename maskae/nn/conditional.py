@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.nn.layers import Dtype
+from maskae.vectors import standardise
 
 zeros = nn.initializers.zeros
 
@@ -29,7 +30,4 @@ class ConditionalLayerNorm(nn.Module):
         code = code.astype(jnp.float32)
         scale = scale + code @ self.param("scale_map", zeros, (inputs, width))  # [B, D]
         bias = bias + code @ self.param("bias_map", zeros, (inputs, width))  # [B, D]
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale[:, None] + bias[:, None]).astype(self.dtype)
+        return (standardise(x, self.epsilon) * scale[:, None] + bias[:, None]).astype(self.dtype)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.graphs import Neighbours, aggregate_neighbours, segment_softmax
 from maskae.nn.layers import LayerNorm, gelu, uniform_fan_in
@@ -95,8 +95,7 @@ class Activation(nn.Module):
             "tanh": jnp.tanh,
             "none": lambda x: x,
         }
-        if self.kind not in plain:
-            raise UserError(f"unknown activation '{self.kind}'{nearest(self.kind, ACTIVATIONS)}; there are {', '.join(ACTIVATIONS)}")
+        check_choice("activation", self.kind, ACTIVATIONS)
         return plain[self.kind](x)
 
 
@@ -105,12 +104,11 @@ def node_norm(kind: str, name: str, x: jax.Array, valid: jax.Array, train: bool)
 
     Adds a submodule called `name` to the module that calls it. Raises UserError for a kind that is not in `NORMS`.
     """
+    check_choice("norm", kind, NORMS)
     if kind == "batch":
         return BatchNorm(epsilon=NORM_EPSILON, name=name)(x, valid, train=train)
     if kind == "layer":
         return LayerNorm(NORM_EPSILON, name=name)(x)
-    if kind != "none":
-        raise UserError(f"unknown norm '{kind}'{nearest(kind, NORMS)}; there are {', '.join(NORMS)}")
     return x
 
 

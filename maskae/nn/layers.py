@@ -16,6 +16,7 @@ from maskae.kernels.attention_cpu import plain_attention
 from maskae.kernels.operands import IMPLEMENTATIONS
 from maskae.nn.patches import patchify
 from maskae.nn.sharding import constrain, gather_parameters
+from maskae.vectors import standardise
 
 Initializer = Callable[..., jax.Array]
 Dtype = Any
@@ -51,11 +52,7 @@ class LayerNorm(nn.Module):
         """[..., D] -> [..., D]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        # The two-pass variance: E[x^2] - E[x]^2 loses the digits that parity needs.
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        return (standardise(x, self.epsilon) * scale + bias).astype(self.dtype)
 
 
 class PatchEmbed(nn.Module):

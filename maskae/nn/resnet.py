@@ -192,10 +192,10 @@ class ResNet(nn.Module):
 
     def check(self) -> None:
         """Refuse what cannot work. Raises UserError."""
-        starts = tuple(STARTS)
-        words = (("block", self.style.block, BLOCKS), ("stem", self.stem, STEMS))
-        for name, value, known in (*words, ("padding", self.style.padding, PADDINGS), ("start", self.style.start, starts)):
-            check_choice(name, value, known)
+        check_choice("block", self.style.block, BLOCKS)
+        check_choice("stem", self.stem, STEMS)
+        check_choice("padding", self.style.padding, PADDINGS)
+        check_choice("start", self.style.start, STARTS)
         for name, values in (("channels", self.channels), ("strides", self.strides), ("outputs", self.outputs or self.channels)):
             if len(values) < len(self.layers):
                 raise UserError(f"{name}={tuple(values)} has fewer values than layers={tuple(self.layers)}")

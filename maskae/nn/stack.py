@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maskae.errors import UserError, nearest
+from maskae.errors import check_choice
 from maskae.nn.layers import AttentionContext, DropPath
 from maskae.nn.sharding import gather_parameters
 
@@ -24,6 +24,7 @@ def rematerialise(function: Callable[..., Any], policy: str) -> Callable[..., An
     "none" keeps everything, "dots" keeps the outputs of weight matmuls, "full" keeps only the block's input, "offload" keeps only that and
     keeps it in host memory. Raises UserError for another name.
     """
+    check_choice("remat policy", policy, REMAT_POLICIES)
     policies = jax.checkpoint_policies
     if policy == "none":
         return function
@@ -31,12 +32,10 @@ def rematerialise(function: Callable[..., Any], policy: str) -> Callable[..., An
         return jax.checkpoint(function, policy=policies.dots_with_no_batch_dims_saveable)
     if policy == "full":
         return jax.checkpoint(function, policy=policies.nothing_saveable)
-    if policy == "offload":
-        host = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host"
-        )
-        return jax.checkpoint(function, policy=host)
-    raise UserError(f"unknown remat policy '{policy}'{nearest(policy, REMAT_POLICIES)}; there are {', '.join(REMAT_POLICIES)}")
+    host = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host"
+    )
+    return jax.checkpoint(function, policy=host)
 
 
 def cast_for_compute(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -85,8 +84,7 @@ def run_blocks(
     Returns:
         The last block's output [B, N, D], and with `collect` all outputs (a list, or [depth, B, N, D] from a scan), else None.
     """
-    if remat not in REMAT_POLICIES:
-        rematerialise(lambda: None, remat)
+    check_choice("remat policy", remat, REMAT_POLICIES)
     if module.is_initializing():
         for block in blocks:
             apply_block: Any = block

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice
 from maskae.nn.batch_norm import BatchNorm, at_least_float32
 from maskae.nn.layers import LayerNorm
 from maskae.nn.sharding import constrain
@@ -107,9 +107,7 @@ class SparkDecoder(nn.Module):
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], visible: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Maps [B, h, w, C] fine to coarse and bool [B, h0, w0] -> pixels float32 [B, H, W, channels], and everything between by name."""
-        if self.densify_norm not in DENSIFY_NORMS:
-            hint = nearest(self.densify_norm, DENSIFY_NORMS)
-            raise UserError(f"unknown densify_norm '{self.densify_norm}'{hint}; there are {', '.join(DENSIFY_NORMS)}")
+        check_choice("densify_norm", self.densify_norm, DENSIFY_NORMS)
         named: dict[str, jax.Array] = {}
         levels = []
         for i, x in enumerate(tuple(reversed(maps))[: self.blocks]):

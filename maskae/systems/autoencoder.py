@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_choice, nearest
 from maskae.losses.denoising import standard_noise
 from maskae.nn.graph_layers import ACTIVATIONS
 from maskae.nn.mlp import Mlp, mlp_flops
@@ -47,9 +47,7 @@ class Autoencoder:
         object.__setattr__(self, "hidden", tuple(self.hidden))
         if self.latent < 1 or any(width < 1 for width in self.hidden):
             raise UserError(f"hidden={self.hidden}, latent={self.latent}: widths must be at least 1")
-        if self.activation not in ACTIVATIONS:
-            hint = nearest(self.activation, ACTIVATIONS)
-            raise UserError(f"unknown activation '{self.activation}'{hint}; there are {', '.join(ACTIVATIONS)}")
+        check_choice("activation", self.activation, ACTIVATIONS)
         if self.noise < 0:
             raise UserError(f"noise={self.noise}: it must not be negative")
 

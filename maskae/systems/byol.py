@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError
-from maskae.losses.agreement import unit
 from maskae.nn.heads import ProjectionHead, cosine_momentum
 from maskae.optim import ema_update
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.contrastive_cnn import ContrastiveCnn
+from maskae.vectors import unit
 
 PARTS = ("encoder", "projector")
 

@@ -30,6 +30,7 @@ from maskae.nn.sharding import constrain
 from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State
 from maskae.systems.croma_arguments import SENSORS, CromaArguments
+from maskae.vectors import unit
 
 RAW_SIDE = 16
 SHOWN = 6
@@ -70,8 +71,7 @@ class Croma(CromaArguments):
     def embedding(self, params: Params, sensor: str, pooled: jax.Array) -> jax.Array:
         """What is matched: the projection of a sensor's representation [B, D], of length 1; float32."""
         apply: Any = self.projection.apply
-        projected = apply({"params": params[f"{sensor}_projection"]}, pooled).astype(jnp.float32)
-        return projected * jax.lax.rsqrt(jnp.maximum(jnp.square(projected).sum(-1, keepdims=True), 1e-24))
+        return unit(apply({"params": params[f"{sensor}_projection"]}, pooled))
 
     def forward(self, params: Params, images: dict[str, jax.Array], noise: dict[str, jax.Array]) -> dict[str, Any]:
         """Everything between the sensors' images [B, H, W, c] with their masking noises [B, L] and the prediction, by name."""

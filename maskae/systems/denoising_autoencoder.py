@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice
 from maskae.keys import purpose_key
+from maskae.losses.denoising import standard_noise
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.conv_autoencoder import DoublingDecoder, HalvingEncoder, autoencoder_flops
 from maskae.nn.layers import DTYPES
@@ -95,9 +96,7 @@ class DenoisingAutoencoder:
         images = batch["image"].astype(jnp.float32)
         if not self.noise:
             return images
-        key = purpose_key(rng, "noise")
-        draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), images.shape[1:]))
-        return images + self.noise * draw(batch["example"])
+        return images + self.noise * standard_noise(purpose_key(rng, "noise"), batch["example"], images.shape[1:])
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Mean squared error over the pixels, against the clean images."""

@@ -23,13 +23,13 @@ from maskae.data.spec import DataSpec
 from maskae.errors import UserError, check_choice
 from maskae.evaluate.clustering import kmeans
 from maskae.evaluate.features import extract
-from maskae.losses.agreement import unit
 from maskae.losses.contrastive import nt_xent
 from maskae.nn.mlp import Mlp, mlp_flops
 from maskae.nn.views import View
 from maskae.plots import draw_embedding
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.contrastive_cnn import ContrastiveCnn
+from maskae.vectors import unit
 
 MAP_RECORDS = 2000
 

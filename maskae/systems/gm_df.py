@@ -23,7 +23,6 @@ from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.inner_outer import inner_step
 from maskae.interop.clip_text import read_text_tower
-from maskae.losses.agreement import unit
 from maskae.losses.alignment import fit_gaussian, gaussian_wasserstein
 from maskae.losses.class_prompts import class_prompt_logits, domain_temperature
 from maskae.losses.classification import label_smoothing_cross_entropy
@@ -37,6 +36,7 @@ from maskae.plots import draw_embedding
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.gm_df_arguments import EXPERTS, GmDfArguments
 from maskae.systems.teacher import RANDOM
+from maskae.vectors import unit
 
 
 class Part(NamedTuple):

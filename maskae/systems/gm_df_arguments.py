@@ -28,7 +28,8 @@ from maskae.systems.vit_arguments import ViTArguments
 CLASSIFICATIONS = ("prompt", "bce")
 TEXTS = ("tower", "prototypes")
 EXPERTS = "/experts/"
-TRAINED_ANYWAY = ("/experts/", "/norm", "_map")
+MAPS = "_map"
+TRAINED_ANYWAY = (EXPERTS, "/norm", MAPS)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class GmDfArguments(ViTArguments):
     def with_encoder(self, variables: Variables, encoder: Mapping[str, Any], grid: tuple[int, int] | None) -> Variables:
         """With a pretrained tower's weights; experts and the maps of the norms, which it has not, stay as they are."""
         leaves = flatten_paths(self.whole(*variables)["encoder"])
-        own = {path: leaf for path, leaf in leaves.items() if EXPERTS not in path and not path.endswith("_map")}
+        own = {path: leaf for path, leaf in leaves.items() if EXPERTS not in path and not path.endswith(MAPS)}
         adopted, _ = adopt_encoder(unflatten_paths(own), dict(encoder), self.grid, grid)
         merged = unflatten_paths(leaves | flatten_paths(adopted))
         state = {name: value for name, value in variables.state.items() if name != "encoder"}

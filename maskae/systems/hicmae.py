@@ -27,6 +27,7 @@ from maskae.nn.sharding import constrain
 from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State
 from maskae.systems.hicmae_arguments import DIFFERENCE_GROUP, EPSILON, MODALITIES, HicmaeArguments
+from maskae.vectors import unit
 
 RAW_SIDE = 8
 SHOWN = 6
@@ -130,8 +131,7 @@ class Hicmae(HicmaeArguments):
         """Each level's mean token of length 1, float32 [B, D], by modality."""
         found: dict[str, list[jax.Array]] = {}
         for modality, each in encoded.items():
-            means = [each.layers[level - 1].astype(jnp.float32).mean(1) for level in self.levels]
-            found[modality] = [x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24)) for x in means]
+            found[modality] = [unit(each.layers[level - 1].astype(jnp.float32).mean(1)) for level in self.levels]
         return found
 
     def contrast(self, video: jax.Array, audio: jax.Array) -> jax.Array:

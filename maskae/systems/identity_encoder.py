@@ -18,6 +18,7 @@ from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.flops import linear_flops
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.vec2face_arguments import FaceArguments, signed
+from maskae.vectors import unit
 
 
 def margin_logits(cosines: jax.Array, labels: jax.Array, margin: float, scale: float) -> jax.Array:
@@ -63,11 +64,7 @@ class IdentityEncoder(FaceArguments):
 
     def cosines(self, params: Params, vectors: jax.Array) -> jax.Array:
         """Of vectors [B, D] to every identity's centre, [B, K]."""
-
-        def unit(x: jax.Array, axis: int) -> jax.Array:
-            return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
-
-        return unit(vectors, -1) @ unit(params["head"]["kernel"], 0)
+        return unit(vectors) @ unit(params["head"]["kernel"], 0)
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Cross-entropy with the margin. The last norm's scale is held at 1, or vectors would not have unit variance."""

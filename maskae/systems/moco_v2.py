@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError
-from maskae.losses.agreement import unit
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.losses.contrastive import enqueue
 from maskae.nn.heads import ProjectionHead
 from maskae.optim import ema_update
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.contrastive_cnn import ContrastiveCnn
+from maskae.vectors import unit
 
 
 class Compared(NamedTuple):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from maskae.losses.agreement import unit
 from maskae.losses.contrastive import nt_xent
 from maskae.nn.heads import ProjectionHead
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.contrastive_cnn import ContrastiveCnn
+from maskae.vectors import unit
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maskae.losses.agreement import unit
 from maskae.losses.classification import soft_target_cross_entropy
 from maskae.losses.sinkhorn import sinkhorn
 from maskae.nn.heads import ProjectionHead, linear_init
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.contrastive_cnn import ContrastiveCnn
+from maskae.vectors import unit
 
 ASSIGNED = 2  # crops that get a code
 

@@ -18,7 +18,6 @@ from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.evaluate.features import extract, to_host
 from maskae.keys import purpose_key
-from maskae.losses.agreement import unit
 from maskae.losses.contrastive import info_nce
 from maskae.losses.tables import cell_losses, hard_negatives, matching_loss
 from maskae.masking import draw_noise
@@ -27,6 +26,7 @@ from maskae.nn.views import view_called
 from maskae.plots import draw_table
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.tip_arguments import MISSING, TABLE, TipArguments
+from maskae.vectors import unit
 
 SHOWN = 6
 REMOVAL_SEED = 2021

@@ -24,11 +24,12 @@ from maskae.identity_vectors import descend, vary
 from maskae.keys import purpose_key
 from maskae.losses.adversarial import discriminator_loss
 from maskae.losses.attributes import ATTRIBUTES, cosine, edit_error
+from maskae.losses.denoising import standard_noise
 from maskae.losses.perceptual import map_distance, structural_similarity, vgg_input
 from maskae.masking import draw_noise
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.dropout_block import Dropout
-from maskae.nn.row_mask import RowMask, mask_rows
+from maskae.nn.row_mask import MaskRate, RowMask, mask_rows
 from maskae.nn.vector_autoencoder import Painted, init_generator
 from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
@@ -94,6 +95,11 @@ class Vec2Face(Vec2FaceArguments):
         found: Any = self.face().apply({"params": frozen["params"], STATISTICS: frozen["statistics"]}, images)
         return found
 
+    def row_mask(self, law: MaskRate, example: jax.Array, key: jax.Array) -> RowMask:
+        """The rows of each example's feature map that are masked, a share of them drawn from the law."""
+        noise = draw_noise(purpose_key(key, "rows"), example, self.row_count)
+        return mask_rows(noise, law.dropped(self.row_count), jnp.ceil(self.row_count * law.draw(purpose_key(key, "rate"))))
+
     def paint(self, params: Params, vectors: jax.Array, mask: RowMask, dropout: Dropout | None = None) -> Painted:
         """Vectors [B, D] -> images."""
         painted: Any = self.generator.apply({"params": params["generator"]}, vectors, mask, dropout)
@@ -101,11 +107,7 @@ class Vec2Face(Vec2FaceArguments):
 
     def generate(self, params: Params, vectors: jax.Array, example: jax.Array, key: jax.Array) -> jax.Array:
         """Images [B, H, W, C] of vectors [B, D]: a few rows are masked here too, so that it depends on `key`."""
-        law = self.generation_law
-        rate = law.draw(purpose_key(key, "rate"))
-        noise = draw_noise(purpose_key(key, "rows"), example, self.row_count)
-        mask = mask_rows(noise, law.dropped(self.row_count), jnp.ceil(self.row_count * rate))
-        return self.paint(params, vectors, mask).image
+        return self.paint(params, vectors, self.row_mask(self.generation_law, example, key)).image
 
     def distance(self, state: State, painted: jax.Array, real: jax.Array) -> jax.Array:
         """The perceptual distance of each pair of images, [B]."""
@@ -162,10 +164,7 @@ class Vec2Face(Vec2FaceArguments):
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """The losses above; one mask rate for the batch, positions per example."""
-        law, real = self.training_law, signed(batch["image"])
-        rate = law.draw(purpose_key(rng, "rate"))
-        noise = draw_noise(purpose_key(rng, "rows"), batch["example"], self.row_count)
-        mask = mask_rows(noise, law.dropped(self.row_count), jnp.ceil(self.row_count * rate))
+        real, mask = signed(batch["image"]), self.row_mask(self.training_law, batch["example"], rng)
         dropout = Dropout(self.dropout, purpose_key(rng, "dropout"), batch["example"])
         active = (step >= self.adversarial_start).astype(jnp.float32)
         loss, metrics = self.loss_of(params, state, real, self.vectors_of(state, batch), mask, dropout, active)
@@ -174,7 +173,7 @@ class Vec2Face(Vec2FaceArguments):
     def varied(self, params: Params, state: State, vectors: jax.Array, example: jax.Array, key: jax.Array) -> jax.Array:
         """How much of the identity stays: cosines [B, variations] of images of a vector and of its neighbours, to the identity network."""
         first = self.recognise(state, self.generate(params, vectors, example, key))[0]
-        normal = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(purpose_key(key, "variation"), i), vectors.shape[1:]))(example)
+        normal = standard_noise(purpose_key(key, "variation"), example, vectors.shape[1:])
 
         def kept(deviation: jax.Array) -> jax.Array:
             images = self.generate(params, vary(vectors, deviation * normal), example, key)

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 
 from maskae.errors import UserError
-from maskae.losses.mimicry import feature_distance, normalise_features, whiten
+from maskae.losses.mimicry import feature_distance, normalise_features
+from maskae.vectors import standardise
 
 FEATURES = 3 * jax.random.normal(jax.random.key(0), (4, 5, 64)) + 2
 
 
 def test_whitened_tokens_have_mean_0_and_mean_square_1() -> None:
-    white = whiten(FEATURES)
+    white = standardise(FEATURES)
     np.testing.assert_allclose(white.mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(jnp.square(white).mean(-1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "zero"), [("l2", 1.0), ("smooth_l1", 0.849)])
 def test_what_zero_is_away_from_whitened_gaussian_features(kind: str, zero: float) -> None:
-    white = whiten(jax.random.normal(jax.random.key(1), (64, 8, 256)))
+    white = standardise(jax.random.normal(jax.random.key(1), (64, 8, 256)))
     assert float(feature_distance(jnp.zeros_like(white), white, kind)) == pytest.approx(zero, abs=3e-3)
 
 

@@ -15,7 +15,6 @@ from maskae.errors import UserError
 from maskae.interop.case import Case
 from maskae.interop.cnn_contrastive import replay_byol, replay_moco, replay_optimizers, replay_schedules, replay_simclr, replay_slices
 from maskae.interop.parity import compare
-from maskae.losses.agreement import unit
 from maskae.losses.sinkhorn import sinkhorn
 from maskae.nn.heads import cosine_momentum
 from maskae.optim import ema_update
@@ -25,6 +24,7 @@ from maskae.systems.contract import System
 from maskae.systems.moco_v2 import MocoV2
 from maskae.systems.simclr import SimClr
 from maskae.systems.swav import Swav
+from maskae.vectors import unit
 
 NET: dict[str, Any] = {"image_size": 8, "channels": 1, "network": "resnet18", "layers": (1,), "widths": (4,)}
 NET |= {"mean": (0.5,), "std": (0.25,), "views": "crop_flip"}

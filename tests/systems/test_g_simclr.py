@@ -16,7 +16,6 @@ from maskae.checkpoint import Checkpointer
 from maskae.config import build_from, load_config
 from maskae.errors import UserError
 from maskae.experiment import Experiment, assumed_sources
-from maskae.losses.agreement import unit
 from maskae.losses.contrastive import nt_xent
 from maskae.merging import stage_config
 from maskae.mesh import make_mesh
@@ -27,6 +26,7 @@ from maskae.systems import SYSTEMS
 from maskae.systems.contract import System
 from maskae.systems.denoising_autoencoder import DenoisingAutoencoder
 from maskae.systems.g_simclr import GSimClr, equal_pairs, principal_plane
+from maskae.vectors import unit
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "g_simclr.py")
 KEY = jax.random.key(7)

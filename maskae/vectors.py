@@ -1,0 +1,26 @@
+"""Vectors brought to length 1 or to mean 0 and mean square 1, for layers, losses and systems alike."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+SMALLEST_NORM = 1e-12
+
+
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+    """float32 of x's shape, of length 1 along the axis; a zero vector stays zero, with gradient zero."""
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide).sum(axis, keepdims=True)
+    # The root of 0 has an infinite slope, and infinity times 0 is NaN: no root is taken there.
+    positive = square > 0
+    length = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    return wide / jnp.maximum(length, SMALLEST_NORM)
+
+
+def standardise(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    """[..., D] -> float32 [..., D] of mean 0 and mean square 1 (less by epsilon / variance) along the last axis."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    # The two-pass variance: E[x^2] - E[x]^2 loses the digits that parity needs.
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
