@@ -7,7 +7,6 @@ or an argument that the system does not have, is an error.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from maskae.errors import UserError, nearest
+from maskae.errors import UserError, check_arguments, nearest
 from maskae.merging import OPEN_GROUPS, SUFFIXES, all_keys, is_duration, siblings, stage_config
 
 
@@ -313,10 +312,7 @@ def build_from(table: dict[str, type], name: str, arguments: dict[str, Any], key
     """`table[name](**arguments)`. Raises UserError for an unknown name or argument, with the nearest right one."""
     if name not in table:
         raise UserError(f"{key}={name}: unknown{nearest(name, table)}; one of {', '.join(sorted(table))}")
-    fields = [field.name for field in dataclasses.fields(table[name])]
-    for argument in arguments:
-        if argument not in fields:
-            raise UserError(f"{key} '{name}' has no argument '{argument}'{nearest(argument, fields)}")
+    check_arguments(f"{key} '{name}'", arguments, table[name])
     try:
         return table[name](**arguments)
     except (TypeError, ValueError) as error:

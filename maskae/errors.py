@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,6 +22,18 @@ def check_choice(name: str, value: str, known: Collection[str]) -> None:
     """Raises UserError, with the nearest right word, where argument `name` has a value that is not among those known."""
     if value not in known:
         raise UserError(f"unknown {name} '{value}'{nearest(value, known)}; there are {', '.join(known)}")
+
+
+def check_arguments(name: str, arguments: Iterable[str], function: Callable[..., Any], taken: Iterable[str] = ()) -> None:
+    """Raises UserError, with the nearest right word, where one of the arguments called `name` is none of the function's keywords.
+
+    Those in `taken` are given from elsewhere and count as unknown.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind is not each.POSITIONAL_ONLY and each.name not in taken]
+    for word in arguments:
+        if word not in known:
+            raise UserError(f"{name} has no argument '{word}'{nearest(word, known)}; there are {', '.join(known)}")
 
 
 def check_heads(name: str, width: int, heads: int) -> None:

@@ -25,7 +25,7 @@ from maskae.data.sources import LimitedSource, Source, open_source
 from maskae.data.spec import DataSpec, Field
 from maskae.data.transforms import Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
-from maskae.errors import UserError
+from maskae.errors import UserError, check_arguments
 from maskae.evaluate.features import to_host
 from maskae.merging import group_of
 from maskae.optim import Optimizer, make_optimizer, partition
@@ -89,27 +89,24 @@ class Experiment:
 
     def _optimizer(self, group: ConfigDict, key: str) -> Optimizer:
         lengths = {"total_steps": self._steps(self.config.train, "total", None), **group.schedule_arguments.to_dict()}
+        given: dict[str, Any] = {
+            "peak": scaled_learning_rate(group.base_learning_rate, self.config.train.batch_size),
+            "warmup_steps": self._steps(group, "warmup", self.total_steps),
+            "minimum": group.minimum,
+        }
+        check_arguments(f"{key}.schedule_arguments", lengths, make_schedule, {"name", *given})
         try:
-            schedule = make_schedule(
-                group.schedule,
-                peak=scaled_learning_rate(group.base_learning_rate, self.config.train.batch_size),
-                warmup_steps=self._steps(group, "warmup", self.total_steps),
-                minimum=group.minimum,
-                **lengths,
-            )
+            schedule = make_schedule(group.schedule, **given, **lengths)
         except TypeError as error:
             raise UserError(f"{key}.schedule_arguments: {error}") from error
         arguments = group.arguments.to_dict()
         if (end := arguments.pop("weight_decay_end", None)) is not None:
             arguments["weight_decay"] = cosine_between(arguments.get("weight_decay", 0.0), end, self.total_steps)
+        given = {"schedule": schedule, "no_decay": tuple(group.no_decay)}
+        given["layer_decay"] = group.layer_decay if group.layer_decay != 1.0 else None
+        check_arguments(f"{key}.arguments", arguments, make_optimizer, {"name", *given})
         try:
-            return make_optimizer(
-                group.name,
-                schedule=schedule,
-                no_decay=tuple(group.no_decay),
-                layer_decay=group.layer_decay if group.layer_decay != 1.0 else None,
-                **arguments,
-            )
+            return make_optimizer(group.name, **given, **arguments)
         except TypeError as error:
             raise UserError(f"{key}.arguments: {error}") from error
 

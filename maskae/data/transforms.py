@@ -18,7 +18,7 @@ import numpy as np
 from maskae.data import augment, crops
 from maskae.data.images import Box, Picture
 from maskae.data.resizing import interpolation_filter
-from maskae.errors import UserError, check_choice, nearest
+from maskae.errors import UserError, check_arguments, check_choice
 
 Pair = tuple[float, float]
 DEFAULT_RATIO = (3 / 4, 4 / 3)
@@ -231,9 +231,7 @@ def make_step(name: str, arguments: Mapping[str, Any]) -> Any:
     """One step by its name. Raises UserError for an unknown step or argument, a missing one, or a value out of range."""
     check_choice("transform", name, STEPS)
     known = {f.name: f for f in dataclasses.fields(STEPS[name])}
-    for argument in arguments:
-        if argument not in known:
-            raise UserError(f"transform '{name}' takes no '{argument}'{nearest(argument, known)}; it takes {', '.join(known)}")
+    check_arguments(f"transform '{name}'", arguments, STEPS[name])
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in arguments]
     if missing:
         raise UserError(f"transform '{name}' needs '{missing[0]}'")

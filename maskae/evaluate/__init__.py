@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from maskae.errors import UserError, check_choice, nearest
+from maskae.errors import UserError, check_arguments, check_choice
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.detection import Detection
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
@@ -78,10 +78,7 @@ def make_evaluators(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Eva
     for name, given in arguments.items():
         check_choice("evaluator", name, EVALUATORS)
         fields = {field.name: field for field in dataclasses.fields(EVALUATORS[name])}
-        for argument in given:
-            if argument not in fields:
-                hint = nearest(argument, fields)
-                raise UserError(f"evaluator '{name}' has no argument '{argument}'{hint}; it has {', '.join(fields)}")
+        check_arguments(f"evaluator '{name}'", given, EVALUATORS[name])
         values = {argument: _checked(f"{name}.{argument}", value, fields[argument]) for argument, value in given.items()}
         evaluators[name] = EVALUATORS[name](**values)
     return evaluators

@@ -7,7 +7,7 @@ earlier stage or from a file of weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from maskae.data.spec import IMAGENET_MEAN, IMAGENET_STD
-from maskae.errors import UserError, check_choice, check_heads, nearest
+from maskae.errors import UserError, check_arguments, check_choice, check_heads
 from maskae.interop.layout import Geometry
 from maskae.interop.weights import load_weights
 from maskae.nn.attention_maps import attention_weights
@@ -185,8 +185,5 @@ class Teacher:
 
 def make_teacher(arguments: Mapping[str, Any], grid: tuple[int, int], channels: int) -> Teacher:
     """The teacher of a student with that grid and those channels. Raises UserError for an unknown argument, with the nearest right one."""
-    known = [field.name for field in fields(Teacher) if field.name not in ("grid", "channels")]
-    for name in arguments:
-        if name not in known:
-            raise UserError(f"a teacher has no argument '{name}'{nearest(name, known)}; there are {', '.join(known)}")
+    check_arguments("a teacher", arguments, Teacher, ("grid", "channels"))
     return Teacher(grid, channels, **arguments)

@@ -162,7 +162,7 @@ def test_no_steps_decode_the_file() -> None:
     ("steps", "message"),
     [
         ((("random_resize_crop", {"size": 8}),), r"unknown transform 'random_resize_crop' \(did you mean 'random_resized_crop'\?\)"),
-        ((("random_resized_crop", {"size": 8, "scales": (0.1, 1)}),), r"takes no 'scales' \(did you mean 'scale'\?\)"),
+        ((("random_resized_crop", {"size": 8, "scales": (0.1, 1)}),), r"no argument 'scales' \(did you mean 'scale'\?\)"),
         ((("random_resized_crop", {}),), "'random_resized_crop' needs 'size'"),
         ((("random_resized_crop", {"size": 8, "scale": (1.0, 0.2)}),), "scale .* must be two growing numbers"),
         ((("random_resized_crop", {"size": 0}),), "size must be at least 1"),
