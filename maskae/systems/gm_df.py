@@ -34,7 +34,7 @@ from maskae.nn.sharding import constrain
 from maskae.paths import flatten_paths, unflatten_paths
 from maskae.plots import draw_embedding
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
-from maskae.systems.gm_df_arguments import EXPERTS, GmDfArguments
+from maskae.systems.gm_df_parameters import EXPERTS, GmDfParameters
 from maskae.systems.teacher import RANDOM
 from maskae.vectors import unit
 
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GmDf(GmDfArguments):
+class GmDf(GmDfParameters):
     """The method; see `GmDfArguments` for its arguments."""
 
     def begin(self, variables: Variables, stage: Any) -> Variables:

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice, check_heads
 from maskae.interop.clip_text import GM_DF_WORDS
 from maskae.losses.alignment import ALIGNMENTS
 from maskae.masking import keep_count
-from maskae.nn.domain_vit import Domain, DomainViT
+from maskae.nn.domain_vit import DomainViT
 from maskae.nn.experts import GATES
 from maskae.nn.flops import block_flops, linear_flops
-from maskae.nn.layers import LayerNorm, xavier
-from maskae.nn.prompts import PROMPT_STD, PromptLearner, TextTower
-from maskae.nn.transfer import adopt_encoder
+from maskae.nn.layers import LayerNorm
+from maskae.nn.prompts import PromptLearner, TextTower
 from maskae.nn.vit import MaeDecoder
-from maskae.paths import flatten_paths, unflatten_paths
-from maskae.systems.contract import Batch, Params, State, Variables
+from maskae.systems.contract import Batch
 from maskae.systems.teacher import ARCHITECTURES
 from maskae.systems.vit_arguments import ViTArguments
 
 CLASSIFICATIONS = ("prompt", "bce")
 TEXTS = ("tower", "prototypes")
-EXPERTS = "/experts/"
-MAPS = "_map"
-TRAINED_ANYWAY = (EXPERTS, "/norm", MAPS)
 
 
 @dataclass(frozen=True)
@@ -188,71 +181,6 @@ class GmDfArguments(ViTArguments):
         """Of one layer's second-order effect."""
         return LayerNorm(self.encoder.epsilon)
 
-    def init(self, rng: jax.Array, batch: Batch) -> Variables:
-        """Fresh parameters; the batch is not read. `state` has the training records of each domain and class, which `begin` fills."""
-        keys = dict(zip(("encoder", "code", "prompt", "head", "decoder", "text", "words"), jax.random.split(rng, 7), strict=True))
-        blank = Domain(jnp.zeros((1, self.code_width)), jnp.zeros((1, self.text_width)))
-        made: Params = self.encoder.init(keys["encoder"], self.blank_images(), blank, self.depth, method="represent")["params"]
-        prompt, scale = jax.random.split(keys["prompt"]), PROMPT_STD
-        rows = self.domains + 1
-        if self.architecture == "clip":
-            # CLIP's patch projection has no bias, and a file of it cannot replace one.
-            made = {**made, "patch_embed": {**made["patch_embed"], "bias": jnp.zeros(self.width)}}
-        params: Params = {
-            "encoder": dict(made),
-            "code": {"table": scale * jax.random.normal(keys["code"], (rows, self.code_width))},
-            "prompt": dict(self.prompts.init(prompt[0], jnp.zeros((len(self.words), self.text_width)), self.place)["params"]),
-        }
-        if self.classification == "bce":
-            params["head"] = {"kernel": xavier(keys["head"], (self.width, 1)), "bias": jnp.zeros(1)}
-        params["projection"] = {"kernel": self.width**-0.5 * jax.random.normal(keys["head"], (self.width, self.embedding_width))}
-        if self.second_order:
-            norm = {"scale": jnp.ones(self.width), "bias": jnp.zeros(self.width)}
-            params["second_order"] = {f"norm_{layer}": dict(norm) for layer in self.second_order}
-            params["second_order"]["scale"] = jnp.full(len(self.second_order), 0.1)
-        if self.reconstruction_weight:
-            noise = jnp.arange(self.length)[None]
-            latent = jnp.zeros((1, self.length + 1, self.width))
-            params["decoder"] = dict(self.decoder.init(keys["decoder"], latent, noise, self.grid)["params"])
-            params["mask_token"] = scale * jax.random.normal(keys["decoder"], (1, 1, self.width))
-        state: State = {"runs": jnp.zeros((self.domains, self.num_classes, 2), jnp.int32)}
-        if self.classification == "prompt" and self.text == "prototypes":
-            # Close together, as the prompts "a real face" and "a fake face" of a text tower are: random ones, at a temperature of 0.07,
-            # would start with a loss of several times ln 2, and training first forgets what the image tower knows.
-            common, own = jax.random.split(prompt[1])
-            apart = jax.random.normal(own, (rows, self.num_classes, self.embedding_width))
-            params["prompt"]["prototypes"] = scale * (jax.random.normal(common, (self.embedding_width,)) + 0.1 * apart)
-        elif self.classification == "prompt":
-            words = scale * jax.random.normal(keys["words"], (len(self.words), self.text_width))
-            blank_words = jnp.zeros((1, len(self.words) + 2, self.text_width))
-            state["text"] = {**self.tower.init(keys["text"], blank_words)["params"], "words": words}
-        return self.parted(Variables(params, state))
-
-    def parted(self, variables: Variables) -> Variables:
-        """With what `train_vision` False freezes in `state`, out of reach of the optimizer's decay."""
-        if self.train_vision:
-            return variables
-        leaves = flatten_paths(variables.params["encoder"])
-        frozen = {path: leaf for path, leaf in leaves.items() if not is_trained_anyway(path)}
-        params = {**variables.params, "encoder": unflatten_paths({p: leaf for p, leaf in leaves.items() if p not in frozen})}
-        return Variables(params, {**variables.state, "encoder": unflatten_paths(frozen)})
-
-    def whole(self, params: Params, state: State) -> Params:
-        """The parameters, frozen ones among them."""
-        if "encoder" not in state:
-            return params
-        frozen = jax.lax.stop_gradient(state["encoder"])
-        return {**params, "encoder": unflatten_paths(flatten_paths(params["encoder"]) | flatten_paths(frozen))}
-
-    def with_encoder(self, variables: Variables, encoder: Mapping[str, Any], grid: tuple[int, int] | None) -> Variables:
-        """With a pretrained tower's weights; experts and the maps of the norms, which it has not, stay as they are."""
-        leaves = flatten_paths(self.whole(*variables)["encoder"])
-        own = {path: leaf for path, leaf in leaves.items() if EXPERTS not in path and not path.endswith(MAPS)}
-        adopted, _ = adopt_encoder(unflatten_paths(own), dict(encoder), self.grid, grid)
-        merged = unflatten_paths(leaves | flatten_paths(adopted))
-        state = {name: value for name, value in variables.state.items() if name != "encoder"}
-        return self.parted(Variables({**variables.params, "encoder": merged}, state))
-
     def forward_flops(self, batch: Batch) -> float:
         """Two passes of the tower, of the image and of the masked image, with experts, and the decoder; prompts are left out.
 
@@ -279,8 +207,3 @@ class GmDfArguments(ViTArguments):
         classification, reconstruction = self.passes(self.grid_of(batch["image"]))
         inner = (2 if self.first_order else 6) * classification * self.train_domains / self.groups if self.adapts else 0.0
         return 3 * (classification + reconstruction) + inner
-
-
-def is_trained_anyway(path: str) -> bool:
-    """Whether an encoder's parameter is trained also where the tower is frozen: experts, and everything of the norms."""
-    return any(part in f"/{path}" for part in TRAINED_ANYWAY)
