@@ -15,6 +15,7 @@ from typing import NoReturn
 from ml_collections import ConfigDict
 
 from maskae.errors import UserError, nearest
+from maskae.host_memory import keep_host_memory
 from maskae.processes import TIMEOUT_SECONDS, Launch, joined
 
 PROCESS_FLAGS = ("--coordinator", "--num_processes", "--process_id", "--process_timeout_seconds")
@@ -88,4 +89,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_host_memory()
     sys.exit(main())

@@ -32,6 +32,7 @@ import numpy as np
 from maskae.config import load_config
 from maskae.errors import UserError
 from maskae.experiment import build
+from maskae.host_memory import keep_host_memory
 from maskae.nn.graph_batch import TABLE
 from maskae.nn.graph_layers import Graph, attention_weights, dropout, fold
 from maskae.nn.node_masks import NodeMask, corrupt
@@ -179,4 +180,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_host_memory()  # as maskae.main does
     sys.exit(main(sys.argv[1:]))

@@ -35,6 +35,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from maskae.config import load_config, split_arguments
 from maskae.errors import UserError, nearest
 from maskae.experiment import AbsentSource, Experiment, build, open_or_assume
+from maskae.host_memory import keep_host_memory
 from maskae.keys import purpose_key
 from maskae.monitor.device_info import describe_run, device_memory, mfu, mfu_text
 from maskae.step import loss_and_gradients, split_batch
@@ -336,4 +337,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_host_memory()  # as maskae.main does
     sys.exit(main())

@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers need memory on the same GPU
 
+from maskae.host_memory import keep_host_memory
 from tools.peers.turns import serve
 
 
@@ -71,4 +72,5 @@ def make_side(work: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
+    keep_host_memory()  # as maskae.main does
     serve(make_side)
