@@ -7,10 +7,11 @@ edges, dropout by `jax.random.bernoulli`, autodiff. `plain sums` is ours with th
 decoder's kernel before its sum. Before anything is timed the loss and the gradients of all are compared; for that `plain` gets the draws
 of ours. Both wall time and processor time (of all threads) are shown: on a shared machine the second is the steadier.
 
-On two CPU cores that nothing else used, the default turns: a step of ours took 0.168 s, `plain` 4.12 times as long in wall time (quartiles
-3.83 to 5.55) and 3.09 times the processor time (3.07 to 3.99); `plain sums` 1.43 (1.38 to 1.58) and 1.50 (1.47 to 1.53). On the same cores
-shared with some fifteen processes: 3.20 and 3.11 for `plain`, 1.68 and 1.48 for `plain sums`. So the kernel's order and the aggregation
-with its own gradient give about 1.5 of the factor; the rest is the sparse first layer and dropout without a draw for each value.
+On two CPU cores that nothing else used, two runs: a step of ours took 0.120 and 0.124 s, `plain` 2.46 and 2.41 times as long in wall time
+(quartiles 2.31 to 2.50 and 2.38 to 2.46), `plain sums` 1.24 and 1.20. Where malloc gives freed memory back to the system (as it does when
+MALLOC_... is set, see `maskae.host_memory`) ours took 0.168 s, `plain` 4.12 times (3.83 to 5.55) and `plain sums` 1.43 times as long: the
+plain forms have larger arrays. So the sums with their own gradient give about 1.2 of the factor; the rest is the sparse first layer, and
+dropout without a draw for each value.
 """
 
 from __future__ import annotations
