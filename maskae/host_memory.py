@@ -21,8 +21,8 @@ def keep_host_memory() -> bool:
     On CPUs XLA allocates the temporaries of a step as one array and frees it when the step ends. glibc gives so large an array back to the
     system, which hands out and zeroes its pages again in the next step, one by one: with ViT-S at batch 8 that is 276,000 page faults and a
     fifth of the processor time, and in a virtual machine as much as the step itself once another process has used memory in between. Kept
-    memory is one heap that grows and never shrinks: the process holds about what it has once needed. The threads share it, which small
-    steps pay for. Measured on two cores, seconds of a step without and with it: ViT-S 1.74 and 1.48, GraphMAE on Cora 0.167 and 0.122, CROMA
+    memory is one heap that grows and never shrinks: the process holds about what it has once needed. Its threads share it, which small
+    steps pay for. Seconds of a step on two cores without and with it: ViT-S 1.74 and 1.48, GraphMAE on Cora 0.167 and 0.122, CROMA
     `:tiny` 0.078 and 0.065, SparK `:tiny` 0.077 and 0.067, TIP `:tiny` 0.054 and 0.046; but MAE `:tiny` 0.0146 and 0.0165.
 
     Returns:
