@@ -16,6 +16,7 @@ import numpy as np
 
 from maskae.nn.graph_layers import Graph
 from maskae.nn.graphs import Neighbours, neighbour_tables
+from maskae.nn.points import maximum_over
 from maskae.nn.sparse_nodes import words_of
 
 TABLE = "table_"
@@ -123,7 +124,7 @@ def row_shares(x: jax.Array) -> jax.Array:
 def pool_nodes(tokens: jax.Array, node_mask: jax.Array, pool: str) -> jax.Array:
     """Mean, maximum or sum over the real nodes of each graph: [B, N, D] with zeros at padding -> [B, D]; 0 for a graph without nodes."""
     if pool == "max":
-        highest = jnp.where(node_mask[..., None], tokens, -jnp.inf).max(1)
+        highest = maximum_over(jnp.where(node_mask[..., None], tokens, -jnp.inf), 1)
         return jnp.where(node_mask.any(1)[:, None], highest, 0)
     total = tokens.sum(1)
     return total if pool == "sum" else total / jnp.maximum(node_mask.sum(1), 1)[:, None]

@@ -12,6 +12,7 @@ from maskae.masking import restore_tokens
 from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.flops import linear_flops
 from maskae.nn.layers import Block, DropPath, Dtype, Initializer, LayerNorm, gelu, uniform_fan_in, xavier
+from maskae.nn.points import maximum_over
 from maskae.nn.sharding import constrain
 from maskae.nn.stack import drop_path_rates, run_blocks
 from maskae.nn.vit import TOKEN_STD, Encoded
@@ -49,10 +50,10 @@ class PointTokenizer(nn.Module):
         x = linear(self.widths[0], "local1")(offsets.astype(self.dtype))  # [B, G, M, widths[0]]
         x = nn.relu(BatchNorm(dtype=self.dtype, name="local_norm")(x, train=train))
         x = linear(self.widths[1], "local2")(x)  # [B, G, M, widths[1]]
-        whole = jnp.broadcast_to(x.max(axis=2, keepdims=True), x.shape)
+        whole = jnp.broadcast_to(maximum_over(x, 2)[:, :, None], x.shape)
         x = linear(self.widths[2], "group1")(jnp.concatenate([whole, x], axis=-1))  # [B, G, M, widths[2]]
         x = nn.relu(BatchNorm(dtype=self.dtype, name="group_norm")(x, train=train))
-        return linear(self.width, "group2")(x).max(axis=2)  # [B, G, D]
+        return maximum_over(linear(self.width, "group2")(x), 2)  # [B, G, D]
 
 
 class PointPosition(nn.Module):

@@ -107,17 +107,28 @@ def _report(name: str, experiment: Experiment, topology: Topology, facts: dict[s
     model = config.model.to_dict()
     return Report(
         config=name, topology=topology.name, chips=topology.size, mesh={axis: int(size) for axis, size in experiment.mesh.shape.items()},
-        batch_size=config.train.batch_size, accumulate=config.train.accumulate, scan=model.get("scan"), remat=model.get("remat"),
+        batch_size=config.train.batch_size, accumulate=config.train.accumulate, scan=model.get("scan"), remat=rematerialisation(config),
         parameters=parameter_count(experiment.abstract_state["params"]), peak_flops=topology.chip.flops, **facts,
     )
+
+
+def rematerialisation(config: ConfigDict) -> str | None:
+    """The policy of `model.remat`; True and False, where a system knows no other, are "full" and "none". None where it has no choice."""
+    given = config.model.to_dict().get("remat")
+    return ("none", "full")[given] if isinstance(given, bool) else given
+
+
+def set_rematerialisation(config: ConfigDict, policy: str) -> None:
+    """Writes the policy as the system says it."""
+    config.model.remat = policy == "full" if isinstance(config.model.remat, bool) else policy
 
 
 def flops_of(experiment: Experiment, traced: TracedStep, topology: Topology) -> Flops:
     """Training FLOPs by the system's formula, and apart from them what this rematerialisation policy computes again."""
     training, recomputed = experiment.train_flops, 0.0
-    if experiment.config.model.to_dict().get("remat", "none") != "none":
+    if rematerialisation(experiment.config) not in (None, "none"):
         config = copy.deepcopy(experiment.config)
-        config.model.remat = "none"
+        set_rematerialisation(config, "none")
         plain = trace_step(build(config, (experiment.train_source, experiment.val_source), experiment.mesh))
         recomputed = max(0.0, traced.products.flops - plain.products.flops)
     rows = experiment.config.train.batch_size / topology.size

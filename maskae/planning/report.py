@@ -148,8 +148,7 @@ def report_lines(report: Report) -> list[str]:
         f"  temporaries {_gib(memory.temporaries)}",
         f"  program     {_gib(memory.code)}",
         f"  total       {_gib(memory.total)}  of {_gib(memory.usable).strip()} usable ({_gib(memory.capacity).strip()} memory): "
-        + (f"fits, {_gib(memory.usable - memory.total).strip()} free" if report.fits else "DOES NOT FIT")
-        + ("" if report.fits else f", {_gib(memory.total - memory.usable).strip()} too much"),
+        + _verdict(report.fits, memory),
         f"  matmul FLOP {_scaled(flops.per_chip)} per step: {_scaled(flops.training)} per example by formula"
         f" ({flops.training / flops.forward:.3g} x forward) + {_scaled(flops.recomputed).strip()} recomputed",
     ]
@@ -176,6 +175,14 @@ def _bound_lines(report: Report, seconds: Seconds) -> list[str]:
     if report.method == "compiled":
         lines.append(f"compiled in   {report.compile_seconds:.0f} s with " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
     return lines + [f"warning       {line}" for line in report.warnings]
+
+
+def _verdict(fits: bool, memory: Memory) -> str:
+    free = memory.usable - memory.total
+    if not fits:
+        return f"DOES NOT FIT, {_gib(-free).strip()} too much"
+    # A compiler that made the program has placed its parts, some of them over each other.
+    return f"fits, {_gib(free).strip()} free" if free >= 0 else "fits, says the compiler, which places parts over each other"
 
 
 def _gib(size: float) -> str:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from maskae.errors import UserError
 from maskae.planning.chips import Topology
-from maskae.planning.plan import plan
+from maskae.planning.plan import plan, set_rematerialisation
 from maskae.planning.report import Report
 
 POLICIES = ("none", "dots", "full")  # from the fastest to the one that keeps least
@@ -32,7 +32,7 @@ def search(name: str, config: ConfigDict, topology: Topology, *, formula: bool =
     def planned(policy: str, batch: int) -> Report:
         if (policy, batch) not in made:
             changed = copy.deepcopy(config)
-            changed.model.remat = policy
+            set_rematerialisation(changed, policy)
             changed.train.batch_size = batch
             made[policy, batch] = report = plan(name, changed, topology, formula=formula)
             answer = "fits" if report.fits else "does not fit"
@@ -40,7 +40,8 @@ def search(name: str, config: ConfigDict, topology: Topology, *, formula: bool =
         return made[policy, batch]
 
     own = config.train.batch_size
-    policy = next((policy for policy in POLICIES if planned(policy, own).fits), POLICIES[-1])
+    policies = ("none", "full") if isinstance(config.model.remat, bool) else POLICIES
+    policy = next((policy for policy in policies if planned(policy, own).fits), policies[-1])
     best = largest_batch(planned, policy, own, topology.size * config.train.accumulate)
     chosen = made[policy, best] if best else made[policy, own]
     return [*(report for report in made.values() if report is not chosen), chosen]

@@ -21,7 +21,7 @@ from maskae.nn.augmentations import each
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.flops import linear_flops
 from maskae.nn.point_transformer import PointDecoder, PointTransformer
-from maskae.nn.points import Groups
+from maskae.nn.points import Groups, maximum_over
 from maskae.point_panels import BLUE, GREY, ORANGE, cloud_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
@@ -233,5 +233,5 @@ def token_deviation(features: jax.Array) -> jax.Array:
 def named_features(encoded: jax.Array, has_cls: bool) -> dict[str, jax.Array]:
     """Encoder output [B, (1+)G, D] -> `tokens`, `max`, `mean`, `cls` where there is one, and `pooled` [B, 2D]."""
     tokens = encoded[:, int(has_cls) :]  # [B, G, D]
-    named = {"tokens": tokens, "max": tokens.max(1), "mean": tokens.mean(1)} | ({"cls": encoded[:, 0]} if has_cls else {})
+    named = {"tokens": tokens, "max": maximum_over(tokens, 1), "mean": tokens.mean(1)} | ({"cls": encoded[:, 0]} if has_cls else {})
     return named | {"pooled": jnp.concatenate([named["cls" if has_cls else "mean"], named["max"]], axis=-1)}

@@ -14,7 +14,7 @@ from maskae.errors import UserError
 from maskae.planning import search as search_module
 from maskae.planning import table as table_module
 from maskae.planning.chips import parse_topology
-from maskae.planning.plan import plan, planned_experiment
+from maskae.planning.plan import plan, planned_experiment, rematerialisation
 from maskae.planning.report import report_from_json, report_lines
 from maskae.planning.tracing import trace_step
 
@@ -55,6 +55,17 @@ def test_recomputation_is_stated_apart_and_not_part_of_the_utilisation():
     assert plain.flops.training == full.flops.training == 3 * full.flops.forward
     assert full.flops.per_chip == pytest.approx(64 * (full.flops.training + full.flops.recomputed))
     assert full.utilisation == pytest.approx(64 * full.flops.training / 989e12 / full.seconds.step)
+
+
+def convolutional(*overrides: str):
+    """SparK, whose `remat` is true or false."""
+    return load_config("configs/spark_medical.py:base", ["model.remat=true", *overrides])
+
+
+def test_rematerialisation_may_be_a_truth_value():
+    config = convolutional("train.batch_size=8")
+    report = plan("spark", config, parse_topology("h100:8"), formula=True)
+    assert report.remat == "full" and report.flops.recomputed > 0
 
 
 def test_a_frozen_encoder_is_not_trained():
@@ -123,7 +134,7 @@ def memory_by_hand(monkeypatch):
     calls = []
 
     def planned(name, config, topology, *, formula):
-        policy, rows = config.model.remat, config.train.batch_size / topology.size
+        policy, rows = rematerialisation(config), config.train.batch_size / topology.size
         calls.append((policy, rows))
         fits = {"none": 8, "dots": 4, "full": 1}[policy] * rows <= 64
         return dataclasses.replace(report, fits=fits, remat=policy, batch_size=config.train.batch_size)
@@ -142,6 +153,12 @@ def test_search_takes_the_lightest_policy_that_fits_and_then_the_largest_batch(m
     assert (chosen.fits, chosen.remat, chosen.batch_size) == (True, policy, 8 * best)
     assert len(memory_by_hand) == len(set(memory_by_hand))
     assert config == before
+
+
+def test_search_writes_a_truth_value_where_the_system_knows_no_policies(memory_by_hand):
+    config = convolutional("train.batch_size=384")
+    chosen = search_module.search("spark", config, parse_topology("h100:8"), formula=True)[-1]
+    assert (chosen.remat, {call[0] for call in memory_by_hand}) == ("full", {"none", "full"})
 
 
 def test_search_says_so_where_nothing_fits(memory_by_hand, monkeypatch):
