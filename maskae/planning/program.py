@@ -90,13 +90,16 @@ class Program:
     def trips(self, loop: Instruction) -> int:
         """How often a loop's body runs: what the compiler noted, or the constant that its condition compares the counter with.
 
-        Raises ValueError where neither is there, which no loop with a fixed length does.
+        Once where more than one comparison ends it: such are the loops of rejection sampling (Beta's, for mixup), which seldom need
+        a second pass. Raises ValueError for a counter without a constant limit, which no loop with a fixed length has.
         """
         noted = _TRIPS.search(loop.attributes)
         if noted:
             return int(noted[1])
         condition = self.by_name[loop.attribute("condition")]
         root = next(line for line in condition.values() if line.is_root)
+        if root.opcode != "compare":
+            return 1
         limits = [int(condition[name].arguments) for name in root.operands if condition[name].opcode == "constant"]
         if len(limits) != 1 or "direction=LT" not in root.attributes:
             raise ValueError(f"the loop {loop.name} has no constant length")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from maskae.errors import UserError
 from maskae.experiment import Experiment
 
 # A batch size that no other axis of a model has, so that axes of this length are the batch.
@@ -47,9 +48,19 @@ class TracedStep:
 
 def trace_step(experiment: Experiment) -> TracedStep:
     """Counts in the traced loss and gradient of an experiment, per example of the batch."""
-    parameters, state = experiment.abstract_state["params"], experiment.abstract_state["state"]
+    own = experiment.config.train.batch_size
     # A system of one whole graph per step takes no more than one record; all that it computes is then counted as the batch's.
-    rows = TRACED_BATCH if experiment.config.train.batch_size > 1 else 1
+    if own == 1:
+        return _trace(experiment, 1)
+    try:
+        return _trace(experiment, TRACED_BATCH)
+    except UserError:  # a loss over groups of examples refuses a prime number of them
+        return _trace(experiment, own)
+
+
+def _trace(experiment: Experiment, rows: int) -> TracedStep:
+    """The same with a batch of so many rows."""
+    parameters, state = experiment.abstract_state["params"], experiment.abstract_state["state"]
     batch = {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in experiment.batch_shapes().items()}
     plain = [jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree) for tree in (parameters, state)]
 

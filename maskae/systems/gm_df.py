@@ -163,6 +163,8 @@ class GmDf(GmDfParameters):
         """The meta-train and the meta-test part of a batch whose rows go round the episode's domains (`EpisodeOrder`)."""
         if DOMAIN not in batch:
             raise UserError("gm_df needs the fields domain and seen; the sources forgeries: and domains: have them")
+        if len(batch[DOMAIN]) % self.groups:
+            raise UserError(f"a batch of {len(batch[DOMAIN])} is not made of episodes of {self.groups} domains")
         hide_key, mask_key = jax.random.split(rng)
         rows, example = self.rows(batch), batch["example"]
         if self.hide_domain:
@@ -170,8 +172,7 @@ class GmDf(GmDfParameters):
         whole = Part(batch["image"], batch["label"], rows, draw_noise(mask_key, example, self.length))
 
         def cut(x: jax.Array, first: int, last: int) -> jax.Array:
-            taken = x.reshape(-1, self.groups, *x.shape[1:])[:, first:last]  # [B / G, groups of the part, ...]
-            return constrain(taken.reshape(-1, *x.shape[1:]), "batch")
+            return constrain(x.reshape(-1, self.groups, *x.shape[1:])[:, first:last].reshape(-1, *x.shape[1:]), "batch")
 
         train: Part = jax.tree.map(lambda x: cut(x, 0, self.train_domains), whole)
         if not self.test_domains:

@@ -68,6 +68,12 @@ def test_rematerialisation_may_be_a_truth_value():
     assert report.remat == "full" and report.flops.recomputed > 0
 
 
+def test_a_loss_over_groups_of_examples_is_counted_at_the_configs_batch():
+    shallow = ["model.depth=1", "model.decoder_depth=1", "model.text_depth=1", "model.second_order=()", "train.batch_size=16"]
+    report = plan("gm_df", load_config("configs/gm_df.py:base", shallow), parse_topology("h100:4"), formula=True)
+    assert report.flops.per_chip == pytest.approx(4 * (report.flops.training + report.flops.recomputed))
+
+
 def test_a_frozen_encoder_is_not_trained():
     overrides = ["model.depth=2", "model.width=32", "model.heads=2", "data.image_size=32"]
     report = plan("probe", load_config("configs/mae_probe.py:base", overrides), parse_topology("h100:8"))

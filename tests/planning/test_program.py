@@ -72,6 +72,11 @@ def test_a_loop_of_unknown_length_is_an_error_and_not_a_wrong_number():
         parse_program(TEXT.replace("direction=LT", "direction=NE")).loops()
 
 
+def test_a_loop_that_its_data_ends_counts_once():
+    ended = TEXT.replace("compare(%counter.1, %limit), direction=LT", "and(%less_far, %rejected)")
+    assert ended != TEXT and parse_program(ended).loops() == [1]
+
+
 def test_padding_and_memory_spaces():
     lines = parse_program("ENTRY %main () -> f32[] {\n  %x = bf16[3,5,130]{2,0,1:T(8,128)(2,1)S(1)} constant(0)\n}\n").by_name["main"]
     (array,) = lines["x"].arrays
