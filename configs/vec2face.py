@@ -10,7 +10,7 @@ its vectors and, late, the discriminator with it. A folder of faces sorted by pe
           was not run to its end. After 30 steps of each stage (seed 0): similarity to the own vector 0.821, to strangers' -0.059, 0.869
           recognised (originals 0.947), PSNR 12.9 (mean image 11.3).
 `:base`   112-pixel crops of 50,000 people; ResNet-100 and LPIPS from files, no stage 1: --config.model.face_weights=r100.safetensors
-          --config.model.perceptual_weights=lpips_vgg.safetensors. 2.2e19 FLOP. Neither run nor compiled for a TPU. The paper: 0.5 M images
+          --config.model.perceptual_weights=lpips_vgg.safetensors. 2.2e19 FLOP. Not run; it fits 16 v5e chips. The paper: 0.5 M images
           of its HSFace10K train a recogniser to 92.00 % (mean of five sets), real CASIA-WebFace to 94.79.
 Unlike the released code, one norm over both networks is clipped at 2 instead of one norm each, and the generator's loss does not leak into
 the discriminator's gradients (--config.model.stop_at_discriminator=False leaks). Without LPIPS weights, `perceptual="identity"` measures
