@@ -181,8 +181,8 @@ def _verdict(fits: bool, memory: Memory) -> str:
     free = memory.usable - memory.total
     if not fits:
         return f"DOES NOT FIT, {_gib(-free).strip()} too much"
-    # A compiler that made the program has placed its parts, some of them over each other.
-    return f"fits, {_gib(free).strip()} free" if free >= 0 else "fits, says the compiler, which places parts over each other"
+    # The compiler refuses a program without room, and counts closer than the sum of what it reports.
+    return f"fits, {_gib(free).strip()} free" if free >= 0 else "fits, says the compiler, though the parts add up to more"
 
 
 def _gib(size: float) -> str:
