@@ -13,8 +13,9 @@ from maskae.config import load_config
 from maskae.errors import UserError
 from maskae.planning import search as search_module
 from maskae.planning import table as table_module
+from maskae.planning import tracing
 from maskae.planning.chips import parse_topology
-from maskae.planning.plan import plan, planned_experiment, rematerialisation
+from maskae.planning.plan import plan, planned_experiment, rematerialisation, set_rematerialisation
 from maskae.planning.report import report_from_json, report_lines
 from maskae.planning.tracing import trace_step
 
@@ -63,15 +64,27 @@ def convolutional(*overrides: str):
 
 
 def test_rematerialisation_may_be_a_truth_value():
-    config = convolutional("train.batch_size=8")
-    report = plan("spark", config, parse_topology("h100:8"), formula=True)
-    assert report.remat == "full" and report.flops.recomputed > 0
+    config = convolutional()
+    assert rematerialisation(config) == "full"
+    set_rematerialisation(config, "none")
+    assert config.model.remat is False and rematerialisation(config) == "none"
 
 
-def test_a_loss_over_groups_of_examples_is_counted_at_the_configs_batch():
-    shallow = ["model.depth=1", "model.decoder_depth=1", "model.text_depth=1", "model.second_order=()", "train.batch_size=16"]
-    report = plan("gm_df", load_config("configs/gm_df.py:base", shallow), parse_topology("h100:4"), formula=True)
-    assert report.flops.per_chip == pytest.approx(4 * (report.flops.training + report.flops.recomputed))
+def test_a_loss_over_groups_of_examples_is_counted_at_the_configs_batch(monkeypatch):
+    trace, rows = tracing._trace, []
+
+    def groups_of_four(experiment, count):
+        rows.append(count)
+        if count % 4:
+            raise UserError("not made of groups of 4")
+        return trace(experiment, count)
+
+    whole = traced()
+    monkeypatch.setattr(tracing, "_trace", groups_of_four)
+    config = load_config(BASE, list(SHALLOW))
+    grouped = trace_step(planned_experiment(config, parse_topology("h100:8")))
+    assert rows == [tracing.TRACED_BATCH, config.train.batch_size]
+    assert grouped.products.flops == pytest.approx(whole.products.flops)
 
 
 def test_a_frozen_encoder_is_not_trained():
