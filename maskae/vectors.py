@@ -1,4 +1,4 @@
-"""Vectors brought to length 1 or to mean 0 and mean square 1, for layers, losses and systems alike."""
+"""Arithmetic of vectors that layers, losses and systems share, with gradients that are never NaN: lengths of 1, norms, maxima."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def standardise(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     centred = wide - wide.mean(-1, keepdims=True)
     # The two-pass variance: E[x^2] - E[x]^2 loses the digits that parity needs.
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+
+
+def maximum_over(x: jax.Array, axis: int) -> jax.Array:
+    """The maximum along an axis, which goes away; its gradient goes to the first of the largest entries, as in PyTorch.
+
+    The gradient of `jnp.max` looks for the entries that equal the maximum. Where a compiler computes `x` anew for that search, and rounds
+    differently, it finds none and divides by their number.
+    """
+    axis %= x.ndim
+    first = jnp.argmax(jax.lax.stop_gradient(x), axis, keepdims=True)
+    chosen = jax.lax.broadcasted_iota(first.dtype, x.shape, axis) == first
+    return jnp.where(chosen, x, 0).sum(axis)

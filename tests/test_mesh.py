@@ -150,8 +150,6 @@ compile_step(*SCANNED)
 """
 
 
-# Two compilations of 9 s each, and tests/planning has a kin with the TPU's compiler: pytest -n 0 -m slow tests/test_mesh.py
-@pytest.mark.slow
 def test_compiling_replicates_nothing_that_it_was_not_told_to():
     """Without the constraints at token boundaries the compiler says so: the same test on that program shows that it would be seen."""
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "TF_CPP_MIN_LOG_LEVEL")}

@@ -9,11 +9,7 @@ import numpy as np
 
 from maskae.evaluate.evaluators import column, labelled
 from maskae.evaluate.features import Features
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+from maskae.evaluate.knn import unit_rows
 
 
 def signal_to_noise(images: np.ndarray, others: np.ndarray) -> float:
@@ -37,9 +33,10 @@ class Identity:
     def __call__(self, train: Features, val: Features, seed: int = 0) -> dict[str, float]:
         """The means come from the training records. Raises UserError where a feature is missing."""
         of_train, of_val = labelled(train, val)
-        known, own, made = unit(column(train, "pooled", "train")), unit(column(val, "pooled", "val")), unit(column(val, "generated", "val"))
+        known, own = unit_rows(column(train, "pooled", "train")), unit_rows(column(val, "pooled", "val"))
+        made = unit_rows(column(val, "generated", "val"))
         labels = np.unique(of_train)
-        means = unit(np.stack([known[of_train == label].mean(0) for label in labels]))  # [K, D]
+        means = unit_rows(np.stack([known[of_train == label].mean(0) for label in labels]))  # [K, D]
         cosines = made @ own.T  # [N, N]
         strangers = of_val[:, None] != of_val[None]
         pixels, painted = column(val, "pixels", "val"), column(val, "generated_pixels", "val")

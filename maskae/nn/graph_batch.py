@@ -16,8 +16,8 @@ import numpy as np
 
 from maskae.nn.graph_layers import Graph
 from maskae.nn.graphs import Neighbours, neighbour_tables
-from maskae.nn.points import maximum_over
 from maskae.nn.sparse_nodes import words_of
+from maskae.vectors import maximum_over
 
 TABLE = "table_"
 POOLS = ("mean", "max", "sum")

@@ -12,10 +12,10 @@ from maskae.masking import restore_tokens
 from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.flops import linear_flops
 from maskae.nn.layers import Block, DropPath, Dtype, Initializer, LayerNorm, gelu, uniform_fan_in, xavier
-from maskae.nn.points import maximum_over
 from maskae.nn.sharding import constrain
 from maskae.nn.stack import drop_path_rates, run_blocks
 from maskae.nn.vit import TOKEN_STD, Encoded
+from maskae.vectors import maximum_over
 
 # Layer norms here have the framework's default, not the 1e-6 of image transformers.
 EPSILON = 1e-5

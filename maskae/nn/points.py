@@ -18,18 +18,6 @@ class Groups(NamedTuple):
     members: jax.Array
 
 
-def maximum_over(x: jax.Array, axis: int) -> jax.Array:
-    """The maximum along an axis, which goes away; its gradient goes to the first of the largest entries, as in PyTorch.
-
-    The gradient of `jnp.max` looks for the entries that equal the maximum. Where a compiler computes `x` anew for that search, and rounds
-    differently, it finds none and divides by their number.
-    """
-    axis %= x.ndim
-    first = jnp.argmax(jax.lax.stop_gradient(x), axis, keepdims=True)
-    chosen = jax.lax.broadcasted_iota(first.dtype, x.shape, axis) == first
-    return jnp.where(chosen, x, 0).sum(axis)
-
-
 def farthest_point_sampling(points: jax.Array, count: int, valid: jax.Array | None = None) -> jax.Array:
     """Points picked one by one, each the farthest from those picked before (Eldar et al. 1997; Point-MAE, section 3.1).
 

@@ -172,7 +172,7 @@ class GmDf(GmDfParameters):
         whole = Part(batch["image"], batch["label"], rows, draw_noise(mask_key, example, self.length))
 
         def cut(x: jax.Array, first: int, last: int) -> jax.Array:
-            return constrain(x.reshape(-1, self.groups, *x.shape[1:])[:, first:last].reshape(-1, *x.shape[1:]), "batch")
+            return constrain(x.reshape(-1, self.groups, *x.shape[1:])[:, first:last].reshape(-1, *x.shape[1:]), "batch")  # [B n / G, ...]
 
         train: Part = jax.tree.map(lambda x: cut(x, 0, self.train_domains), whole)
         if not self.test_domains:

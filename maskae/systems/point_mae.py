@@ -21,10 +21,11 @@ from maskae.nn.augmentations import each
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.flops import linear_flops
 from maskae.nn.point_transformer import PointDecoder, PointTransformer
-from maskae.nn.points import Groups, maximum_over
+from maskae.nn.points import Groups
 from maskae.point_panels import BLUE, GREY, ORANGE, cloud_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
+from maskae.vectors import maximum_over
 
 MASKERS = ("random", "block")
 DRAWN = 6

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from maskae.errors import UserError
-from maskae.nn.points import farthest_point_sampling, group_points, maximum_over, nearest_neighbours
+from maskae.nn.points import farthest_point_sampling, group_points, nearest_neighbours
 
 sample = jax.jit(farthest_point_sampling, static_argnums=1)
 neighbours = jax.jit(nearest_neighbours, static_argnums=2)
@@ -117,11 +117,3 @@ def test_groups_equal_the_reference_case(shared: Path):
     np.testing.assert_array_equal(groups.members, stored["knn_idx"])
     np.testing.assert_array_equal(groups.centres, stored["center"])
     np.testing.assert_allclose(groups.offsets[:1], stored["neighborhood"], rtol=0, atol=3e-7)  # differences of rounded coordinates
-
-
-def test_a_maximum_gives_its_gradient_to_the_first_of_the_largest():
-    x = jnp.asarray([[1.0, 3.0, 3.0], [-1.0, -2.0, -jnp.inf], [-jnp.inf] * 3])
-    np.testing.assert_array_equal(maximum_over(x, 1), x.max(1))
-    np.testing.assert_array_equal(maximum_over(x, -2), x.max(0))
-    gradient = jax.grad(lambda x: (maximum_over(x, 1)[:2] * jnp.asarray([1.0, 2.0])).sum())(x)
-    np.testing.assert_array_equal(gradient, [[0, 1, 0], [2, 0, 0], [0, 0, 0]])
