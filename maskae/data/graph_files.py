@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import logging
 import pickle
-import urllib.request
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from maskae.data.downloads import download
 from maskae.errors import UserError
 
 PLANETOID_URL = "https://raw.githubusercontent.com/kimiyoung/planetoid/af6abf468a772cc055bec88c52e4d6f51b7c37e3/data/"
 PLANETOID_PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
-# Git's own name of each file's contents at that commit: the SHA-1 of "blob <size>\0" and the bytes. In the order of PLANETOID_PARTS.
+# Git's own name of each file's contents at that commit, in the order of PLANETOID_PARTS.
 PLANETOID_BLOBS = {
     "cora": [
         "c4a91d008245403e7f26aa616b437191509793c0",
@@ -53,6 +52,16 @@ PLANETOID_BLOBS = {
     ],
 }
 VALIDATION_NODES = 500
+# The TU sets as the authors of DGCNN publish them: the same graphs as the collection's, in another order.
+TU_URL = "https://raw.githubusercontent.com/muhanzhang/pytorch_DGCNN/50f504131ca66382f3f078ae98e59aa3ae35b795/data/"
+TU_BLOBS = {
+    "IMDBBINARY": "b22c5540bc2dabbd786c78f45ba1cff2a43dbf47",
+    "IMDBMULTI": "ada2c2b94293fc72625faea764b3c4d13486a122",
+    "MUTAG": "e462abb7fa4a0748ef7c3746dcb8889dec00aff6",
+    "NCI1": "71da5c19220474d3392590292a30779d908f501b",
+    "PROTEINS": "e9cd1e3183ded3ce4fd38acf5b714f608c2cefc7",
+    "PTC": "e7afb868e0cb42891a8be498a1875921fe7eb74e",
+}
 
 
 @dataclass(frozen=True)
@@ -185,30 +194,11 @@ def read_planetoid(folder: Path, name: str) -> NodeGraph:
     return NodeGraph(features.astype(np.uint8) if binary else features, edges, labels, splits)
 
 
-def blob_name(content: bytes) -> str:
-    """Git's name of a file's contents."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 def download_planetoid(name: str, folder: Path) -> None:
     """Fetches the published files that are missing in `folder`, each checked. Raises UserError where that fails."""
     for part, blob in zip(PLANETOID_PARTS, PLANETOID_BLOBS[name], strict=True):
-        path = folder / f"ind.{name}.{part}"
-        if path.is_file():
-            continue
-        url = f"{PLANETOID_URL}{path.name}"
-        logging.info("fetching %s", url)
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                content = answer.read()
-        except OSError as error:
-            raise UserError(f"planetoid:{name}: {path} is not there, and {url} cannot be fetched: {error}") from error
-        if blob_name(content) != blob:
-            raise UserError(f"planetoid:{name}: {url} is not the published file: its contents are {blob_name(content)}, not {blob}")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        file = f"ind.{name}.{part}"
+        download(f"{PLANETOID_URL}{file}", folder / file, blob, f"planetoid:{name}")
 
 
 def read_graph_set_npz(path: Path) -> GraphSet:
@@ -245,3 +235,39 @@ def read_graph_set_text(folder: Path, name: str) -> GraphSet:
     kinds = np.unique(numbers("node_labels"), return_inverse=True)[1] if (folder / f"{name}_node_labels.txt").is_file() else None
     local = pairs - node_ptr[owner[pairs[0]]]
     return GraphSet(node_ptr, edge_ptr, local.astype(np.int32), None if kinds is None else kinds.astype(np.int32), labels.astype(np.int32))
+
+
+def read_graph_set_lists(path: Path) -> GraphSet:
+    """Graphs from one text file of lists, as DGCNN's authors (Zhang et al., AAAI 2018) publish the TU sets.
+
+    The number of graphs; then for each its number of nodes and its label; then for each node its label, its number of neighbours, and the
+    neighbours, counted from 0. Labels of nodes that are all the same say nothing and are left out. Raises UserError for another file.
+    """
+    try:
+        numbers = iter([int(word) for word in path.read_text().split()])
+        graphs = [_read_lists(numbers) for _ in range(next(numbers))]
+    except (OSError, ValueError, StopIteration) as error:
+        raise UserError(f"{path} is no list of graphs and their neighbours: {error}") from error
+    labels, nodes = [label for label, _ in graphs], [rows for _, rows in graphs]
+    kinds = np.unique([kind for rows in nodes for kind, _ in rows], return_inverse=True)
+    edges = [[(place, other) for place, (_, others) in enumerate(rows) for other in others] for rows in nodes]
+    return GraphSet(
+        np.append(0, np.cumsum([len(rows) for rows in nodes])),
+        np.append(0, np.cumsum([len(pairs) for pairs in edges])),
+        np.asarray([pair for pairs in edges for pair in pairs], np.int32).reshape(-1, 2).T,
+        kinds[1].astype(np.int32) if len(kinds[0]) > 1 else None,
+        np.unique(labels, return_inverse=True)[1].astype(np.int32),
+    )
+
+
+def _read_lists(numbers: Iterator[int]) -> tuple[int, list[tuple[int, list[int]]]]:
+    """The next graph's label, and the label and the neighbours of each of its nodes."""
+    count, label = next(numbers), next(numbers)
+    return label, [(next(numbers), [next(numbers) for _ in range(next(numbers))]) for _ in range(count)]
+
+
+def download_graph_set(stem: str, folder: Path) -> Path:
+    """The file of lists of a set in `TU_BLOBS`, fetched and checked where it is missing. Raises UserError where that fails."""
+    path = folder / f"{stem}.txt"
+    download(f"{TU_URL}{stem}/{stem}.txt", path, TU_BLOBS[stem], f"tu:{stem}")
+    return path

@@ -8,7 +8,6 @@ and the tables of `maskae.nn.graph_batch.table_fields`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,9 @@ from maskae.data.graph_files import (
     PLANETOID_BLOBS,
     GraphSet,
     NodeGraph,
+    download_graph_set,
     download_planetoid,
+    read_graph_set_lists,
     read_graph_set_npz,
     read_graph_set_text,
     read_node_npz,
@@ -143,7 +144,8 @@ def node_spec(name: str, graph: NodeGraph) -> DataSpec:
 
 
 def open_graph_set(arguments: SourceArguments) -> Source:
-    """A TU set by name: `<root>/graphs_tu/<name>.npz`, `<root>/<name>.npz`, or the collection's text files in `<root>/<name>`.
+    """A TU set by name: `<root>/graphs_tu/<name>.npz`, `<root>/<name>.npz`, the collection's text files in `<root>/<name>`, or for
+    `GRAPH_SETS` the file of DGCNN's authors in `<root>/graphs_tu`, where it is fetched to if there is nothing.
 
     `val_percent` 0 gives ALL graphs as both splits: the protocol of these sets is cross-validation within one set. Nodes have their label
     one-hot, or where the set has none their degree. Raises UserError for a name or file that is none.
@@ -189,17 +191,13 @@ def read_graph_set(arguments: SourceArguments, name: str) -> GraphSet:
     for folder in (base / name, base / "graphs_tu" / name):
         if (folder / f"{name}_A.txt").is_file():
             return read_graph_set_text(folder, name)
-    have = sorted(_sets_in(base)) or sorted(GRAPH_SETS)
-    hint = nearest(arguments.path, [*have, *GRAPH_SETS])
+    if name in GRAPH_SETS:
+        return read_graph_set_lists(download_graph_set(stem.upper(), base / "graphs_tu"))
     raise UserError(
-        f"{arguments.name}: neither {base / 'graphs_tu' / f'{stem}.npz'} nor {base / name / f'{name}_A.txt'} is there{hint}; "
-        f"there are {', '.join(have)}: unpack the set's zip file of the TU collection into {base}"
+        f"{arguments.name}: neither {base / 'graphs_tu' / f'{stem}.npz'} nor {base / name / f'{name}_A.txt'} is there"
+        f"{nearest(arguments.path, GRAPH_SETS)}; {', '.join(sorted(GRAPH_SETS))} are fetched; "
+        f"for others unpack the set's zip file of the TU collection into {base}"
     )
-
-
-def _sets_in(base: Path) -> list[str]:
-    archives = {path.stem for path in (base / "graphs_tu").glob("*.npz")}
-    return [name for name, stem in GRAPH_SETS.items() if stem in archives]
 
 
 def set_features(graphs: GraphSet) -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from maskae.data import graph_files
+from maskae.data.downloads import blob_name
 from maskae.data.pipeline import Pipeline, evaluation_batches
 from maskae.data.sources import open_source
 from maskae.data.transforms import make_transform
@@ -88,13 +89,30 @@ def test_downloads_are_checked_and_resumed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ind.citeseer.x is not the published file"):
         opened("planetoid:citeseer", tmp_path)
     assert not (tmp_path / "planetoid").exists()
-    names = [graph_files.blob_name(files[f"ind.citeseer.{part}"]) for part in graph_files.PLANETOID_PARTS]
+    names = [blob_name(files[f"ind.citeseer.{part}"]) for part in graph_files.PLANETOID_PARTS]
     monkeypatch.setitem(graph_files.PLANETOID_BLOBS, "citeseer", names)
     np.testing.assert_array_equal(opened("planetoid:citeseer", tmp_path)[0]["nodes"], words)
     before = len(asked)
     opened("planetoid:citeseer", tmp_path)
     assert len(asked) == before
-    assert graph_files.blob_name(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert blob_name(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_a_set_of_graphs_is_downloaded_and_checked_and_equals_the_archive(tmp_path, monkeypatch):
+    listing = b"2\n3 -1\n5 1 1\n5 2 0 2\n7 1 1\n2 1\n7 1 1\n5 1 0\n"
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: BytesIO(listing))
+    with pytest.raises(UserError, match=r"tu:MUTAG: \S+MUTAG/MUTAG.txt is not the published file"):
+        opened("tu:mutag", tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(graph_files.TU_BLOBS, "MUTAG", blob_name(listing))
+    source = opened("tu:mutag", tmp_path)
+    assert (len(source), source[0]["label"], source[1]["label"]) == (2, 0, 1)
+    np.testing.assert_array_equal(source[0]["nodes"], [[1, 0], [1, 0], [0, 1]])
+    assert list(zip(source[0]["senders"], source[0]["receivers"], strict=True)) == [(0, 1), (1, 0), (1, 2), (2, 1)]
+    np.testing.assert_array_equal(source[1]["edge_mask"], [True, True, False, False])
+    (tmp_path / "graphs_tu" / "MUTAG.txt").write_text("2\n3 0\n0 1")
+    with pytest.raises(UserError, match=r"MUTAG.txt is no list of graphs and their neighbours"):
+        opened("tu:MUTAG", tmp_path)
 
 
 def write_set(folder, name="TOY"):
