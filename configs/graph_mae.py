@@ -9,7 +9,7 @@
 `:pubmed`    as published, 1,000 steps; not run. The source fetches Planetoid's files and checks them.
 `:imdb_b`    GIN 2 x 512, 1,920 steps. Seeds 0 to 2: 75.0, 75.8, 74.6, mean 75.1. The paper: 75.5 +- 0.7.
 `:mutag`     GIN 5 x 32, 60 steps. The paper: 88.2 +- 1.3. Seeds 0 to 19 on the TU collection's own files: mean 85.3, deviation 2.0,
-             from 80.8 to 88.3; on `graphs_tu/mutag.npz` (DGCNN's order of the graphs, hence other folds) 84.9. THREE POINTS BELOW, not
+             from 80.8 to 88.3; on `graphs_tu/mutag.npz` (DGCNN's order of the graphs, hence other folds) 84.8. THREE POINTS BELOW, not
              reproduced, nor by the released code: its classes in PyTorch, 20 seeds, give 85.5 (2.1) and 85.6 (2.4) on the two, with seeds 0
              to 4 on the collection's files 87.9. The paper's figure is the mean of so few. Untrained encoders have 85.7.
 `:imdb_m`, `:proteins`, `:nci1`  as published (51.6, 75.3, 80.4 in the paper); not run.
