@@ -31,29 +31,31 @@ NODE_SETS: dict[str, dict[str, Any]] = {
     "cora": {
         "model": {"width": 512, "heads": 4, "mask_rate": 0.5, "replace_rate": 0.05, "exponent": 3.0},
         "optimizer": (1e-3, 2e-4, 1500),
+        "sizes": ("uint8", 2708, 1433, 10_556),
         "probe": {"learning_rate": 0.01, "weight_decay": 1e-4, "epochs": 300},
     },
     "citeseer": {
         "model": {"width": 512, "heads": 2, "mask_rate": 0.5, "replace_rate": 0.1, "exponent": 1.0},
         "optimizer": (1e-3, 2e-5, 300),
+        "sizes": ("uint8", 3327, 3703, 9104),
         "probe": {"learning_rate": 0.01, "weight_decay": 0.01, "epochs": 300},
     },
     "pubmed": {
         "model": {"width": 1024, "heads": 4, "mask_rate": 0.75, "replace_rate": 0.0, "exponent": 3.0},
         "optimizer": (1e-3, 1e-5, 1000),
+        "sizes": ("float32", 19_717, 500, 88_648),
         "probe": {"learning_rate": 0.01, "weight_decay": 1e-4, "epochs": 300},
-        # Of the published files, for a dry run without them; its tables of neighbours are left out.
-        "fields": {"nodes": "float32[19717,500]", "nodes_count": 19717, "edges": 88648},
     },
 }
-# Graphs, (width, depth, mask rate, replace rate, exponent), (learning rate, epochs, schedule), batch, pool, and room for the nodes and the
-# edges (self-loops included) that a batch usually has; a fuller batch is computed with all its padding.
+# Graphs, and (nodes, features, edges) of the largest; (width, depth, mask rate, replace rate, exponent), (learning rate, epochs, schedule),
+# batch, pool, and room for the nodes and the edges (self-loops included) that a batch usually has; a fuller batch is computed with all its
+# padding.
 GRAPH_SETS: dict[str, tuple[Any, ...]] = {
-    "mutag": ("MUTAG", 188, (32, 5, 0.75, 0.1, 2.0), (5e-4, 20, "constant"), 64, "sum", (0, 0)),
-    "proteins": ("PROTEINS", 1113, (512, 3, 0.5, 0.0, 1.0), (1.5e-4, 100, "constant"), 32, "max", (2048, 10240)),
-    "imdb_b": ("IMDB-BINARY", 1000, (512, 2, 0.5, 0.0, 1.0), (1.5e-4, 60, "constant"), 32, "mean", (896, 10240)),
-    "imdb_m": ("IMDB-MULTI", 1500, (512, 3, 0.5, 0.0, 1.0), (1.5e-4, 50, "constant"), 32, "mean", (640, 8192)),
-    "nci1": ("NCI1", 4110, (512, 2, 0.25, 0.1, 2.0), (1e-3, 300, "cosine"), 16, "mean", (640, 2304)),
+    "mutag": ("MUTAG", 188, (28, 7, 66), (32, 5, 0.75, 0.1, 2.0), (5e-4, 20, "constant"), 64, "sum", (0, 0)),
+    "proteins": ("PROTEINS", 1113, (620, 3, 2098), (512, 3, 0.5, 0.0, 1.0), (1.5e-4, 100, "constant"), 32, "max", (2048, 10240)),
+    "imdb_b": ("IMDB-BINARY", 1000, (136, 136, 2498), (512, 2, 0.5, 0.0, 1.0), (1.5e-4, 60, "constant"), 32, "mean", (896, 10240)),
+    "imdb_m": ("IMDB-MULTI", 1500, (89, 89, 2934), (512, 3, 0.5, 0.0, 1.0), (1.5e-4, 50, "constant"), 32, "mean", (640, 8192)),
+    "nci1": ("NCI1", 4110, (111, 37, 238), (512, 2, 0.25, 0.1, 2.0), (1e-3, 300, "cosine"), 16, "mean", (640, 2304)),
 }
 VARIANTS = ("tiny", "base", *NODE_SETS, *GRAPH_SETS)
 
@@ -81,6 +83,12 @@ def get_config(variant: str = "base") -> ConfigDict:
     return node_set(config, name, **NODE_SETS[name])
 
 
+def fields(dtype: str, nodes: int, features: int, edges: int) -> dict[str, str]:
+    """What a record of the published files holds, for a dry run or a plan without them; their tables of neighbours are left out."""
+    ends = {end: f"int32[{edges}]" for end in ("senders", "receivers")}
+    return {"nodes": f"{dtype}[{nodes},{features}]", "node_mask": f"bool[{nodes}]", "edge_mask": f"bool[{edges}]", **ends}
+
+
 def node_set(
     config: ConfigDict,
     name: str,
@@ -88,7 +96,7 @@ def node_set(
     model: dict[str, Any],
     optimizer: tuple[float, float, int],
     probe: dict[str, Any],
-    fields: dict[str, Any] | None = None,
+    sizes: tuple[str, int, int, int],
 ) -> ConfigDict:
     """GAT on one graph: a step is an epoch, and the linear probe on its nodes is the result."""
     rate, weight_decay, epochs = optimizer
@@ -104,10 +112,7 @@ def node_set(
     }
     config.data.source = f"planetoid:{name}"
     config.data.examples = 1
-    if fields:
-        nodes, edges = fields["nodes_count"], fields["edges"]
-        config.data.fields = {"nodes": fields["nodes"], "node_mask": f"bool[{nodes}]", "edge_mask": f"bool[{edges}]"}
-        config.data.fields.update({end: f"int32[{edges}]" for end in ("senders", "receivers")})
+    config.data.fields = fields(*sizes)
     config.train.batch_size = 1
     config.evaluate.batch_size = 1
     set_duration(config.train, total_steps=epochs)
@@ -123,6 +128,7 @@ def graph_set(
     config: ConfigDict,
     source: str,
     graphs: int,
+    largest: tuple[int, int, int],
     model: tuple[int, int, float, float, float],
     train: tuple[float, int, str],
     batch: int,
@@ -148,6 +154,7 @@ def graph_set(
     }
     config.data.source = f"tu:{source}"
     config.data.examples = graphs
+    config.data.fields = fields("uint8", *largest)
     config.train.batch_size = batch
     config.evaluate.batch_size = batch
     # The released code's last batch of an epoch is a smaller one; here it is filled from the next epoch, for as many steps.

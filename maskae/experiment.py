@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ from maskae.systems import SYSTEMS
 from maskae.systems.contract import System, Variables
 
 logger = logging.getLogger(__name__)
+NAMED_FIELDS = 8  # of the data, in the message about one that it lacks
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,9 @@ class Experiment:
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the train state."""
-        shapes = jax.eval_shape(self.initial_state, self.batch_shapes())
+        """Shapes, dtypes and shardings of the train state. Raises UserError where the system reads a field that the data lacks."""
+        with self._absent_fields_named():
+            shapes = jax.eval_shape(self.initial_state, self.batch_shapes())
         shardings = mesh_module.tree_shardings(shapes, self.mesh)
         return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
 
@@ -255,14 +258,29 @@ class Experiment:
 
     @property
     def forward_flops(self) -> float:
-        """Matrix-product FLOPs of one forward pass per example, by formula."""
-        return self.system.forward_flops(self._prepared_shapes())
+        """Matrix-product FLOPs of one forward pass per example, by formula. Raises UserError as `abstract_state` does."""
+        with self._absent_fields_named():
+            return self.system.forward_flops(self._prepared_shapes())
 
     @property
     def train_flops(self) -> float:
         """The same of one training step: three times the forward pass, or what a system with a frozen part says."""
         own = getattr(self.system, "train_flops", None)
         return own(self._prepared_shapes()) if own is not None else 3 * self.forward_flops
+
+    @contextmanager
+    def _absent_fields_named(self) -> Iterator[None]:
+        """Says what the data has, where a system asks a batch for something else."""
+        try:
+            yield
+        except KeyError as error:
+            held = sorted(self.batch_shapes())
+            if error.args[0] in held:
+                raise
+            names = ", ".join(held[:NAMED_FIELDS]) + (", ..." if len(held) > NAMED_FIELDS else "")
+            absent = isinstance(self.train_source, AbsentSource)
+            data = "data.fields (the data is absent)" if absent else f"data.source={self.config.data.source}"
+            raise UserError(f"{self.config.system} reads {error.args[0]!r}, but {data} has {names}") from error
 
     def _prepared_shapes(self) -> Any:
         """What a system's formulas read: the shapes of a batch after the device transform."""

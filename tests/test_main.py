@@ -108,6 +108,10 @@ def test_a_run_imports_neither_tensorflow_nor_torch(tmp_path):
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.train.batch_size=30"], ["train.batch_size=30", "nearest: 32"]),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.mesh.data=3"], ["mesh", "8 devices"]),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.data.source=folder:/no/such"], ["/no/such"]),
+        (
+            ["--config", "configs/graph_mae.py", "--dry_run", "--config.data.source=tu:none", "--config.data.fields={}"],
+            ["graph_mae reads 'nodes', but data.fields (the data is absent) has example, index, label"],
+        ),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.data.source=digit"], ["digit", "did you mean 'digits'"]),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.data.image_size=16"], ["image_size=16", "8 x 8"]),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.model.heads=5"], ["heads"]),

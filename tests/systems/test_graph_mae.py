@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskae.config import load_config
+from maskae.data.spec import Field
 from maskae.errors import UserError
+from maskae.experiment import open_sources
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.graph_batch import add_self_loops, flatten_graphs, table_fields
 from maskae.nn.graph_layers import GatLayer, Graph, attention_weights
@@ -311,3 +314,11 @@ def test_arguments_that_cannot_work_are_named(options, message):
     assert isinstance(GAT, System) and isinstance(GraphMaeMolecules(), System)
     with pytest.raises(UserError, match=message):
         GraphMae(**(SMALL | options))
+
+
+@pytest.mark.parametrize("variant", ["cora", "citeseer", "mutag", "proteins", "imdb_b", "imdb_m", "nci1"])
+def test_the_sizes_for_a_plan_without_data_are_those_of_the_files(variant, shared):
+    config = load_config(f"configs/graph_mae.py:{variant}", [f"data.root={shared / 'data'}"])
+    found = open_sources(config)[0]
+    assert config.data.examples == len(found)
+    assert {name: Field.parse(text) for name, text in config.data.fields.items()}.items() <= found.spec.fields.items()
