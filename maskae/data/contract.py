@@ -140,11 +140,16 @@ def measure(images: Iterable[np.ndarray], channels: int, max_value: int = 255) -
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def statistics_rows(count: int) -> np.ndarray:
+    """Of `count` records at most 512, evenly spaced: those that statistics are measured on; int [N]."""
+    return np.unique(np.linspace(0, count - 1, min(count, STATISTICS_EXAMPLES)).round().astype(int))
+
+
 def measure_sample(read: Callable[[int], bytes | np.ndarray], count: int, channels: int) -> Statistics:
     """`measure` over at most 512 of `count` records, evenly spaced; large ones are decoded smaller, broken ones left out."""
 
     def readable() -> Iterable[np.ndarray]:
-        for index in np.unique(np.linspace(0, count - 1, min(count, STATISTICS_EXAMPLES)).round().astype(int)):
+        for index in statistics_rows(count):
             try:
                 picture = Picture(read(int(index)), channels)
                 side = min(picture.size)

@@ -4,16 +4,15 @@
                                  energy of its local gradient; short side to SIDE pixels (64), centre
     sentinel_pairs:FILE[@SIDE]   an .npz of Sentinel-1/2 rasters; training reads random windows of SIDE pixels, evaluation regular ones;
                                  without SIDE the whole rasters. Of the places val_percent are held out
-    sentinel_pairs:FOLDER[@SIDE] a file for every place, see `maskae.data.sensor_places`
+    sentinel_pairs:FOLDER[@SIDE] an .npz or two GeoTIFF rasters for every place, see `maskae.data.sensor_places`
 
-The scaling is that of SatMAE, SeCo and CROMA: per channel over the training records, from mean - 2 std to mean + 2 std, clipped.
+The scaling is `maskae.data.sensor_scale`'s, measured on training records.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from zipfile import BadZipFile
@@ -22,47 +21,20 @@ import cv2
 import numpy as np
 
 from maskae.data.archive import ARCHIVE, open_archive
-from maskae.data.contract import SPLITS, Record, Source, SourceArguments, stratified_split
+from maskae.data.contract import SPLITS, Record, Source, SourceArguments, statistics_rows, stratified_split
 from maskae.data.folder import open_folder
 from maskae.data.images import Picture
 from maskae.data.sensor_places import open_places
+from maskae.data.sensor_scale import ClippedScale, sensor_details
 from maskae.data.spec import LABEL, NO_LABEL, DataSpec, Field, split_hash
 from maskae.data.transforms import ResizeCenterCrop
 from maskae.errors import UserError, nearest
 
 OPTICAL, RADAR, LABELS = "sensor_optical", "sensor_radar", "labels"
-DEVIATIONS = 2.0
-STATISTICS_RECORDS = 512
 DEFAULT_SIDE = 64
 LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class ClippedScale:
-    """What each channel's 0 and 255 stand for: `low` and `high`, as many values as channels."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-    @classmethod
-    def measured(cls, images: Iterable[np.ndarray]) -> ClippedScale:
-        """From mean - 2 std to mean + 2 std over all pixels of images [..., c]."""
-        count, total, squares = 0, np.zeros(()), np.zeros(())
-        for image in images:
-            values = image.reshape(-1, image.shape[-1]).astype(np.float64)
-            count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
-        if not count:
-            raise UserError("not one record can be read to measure the sensors' range")
-        mean = total / count
-        reach = DEVIATIONS * np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
-        return cls(tuple((mean - reach).tolist()), tuple((mean + reach).tolist()))
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """[..., c] of any number type -> uint8 [..., c], clipped."""
-        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
-        return np.round(np.clip((image.astype(np.float32) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
 def luminance_and_energy(colours: np.ndarray) -> np.ndarray:
@@ -122,8 +94,7 @@ def _open_images(arguments: SourceArguments) -> Source:
 def _measure_images(arguments: SourceArguments, crop: ResizeCenterCrop) -> tuple[ClippedScale, ClippedScale]:
     # Cached: the training and the validation source of a run are opened one after the other, with the same statistics.
     train = _open_images(arguments)
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), STATISTICS_RECORDS)).round().astype(int))
-    colours = [colours_of(train[int(index)], crop) for index in chosen]
+    colours = [colours_of(train[int(index)], crop) for index in statistics_rows(len(train))]
     return ClippedScale.measured(colours), ClippedScale.measured(map(luminance_and_energy, colours))
 
 
@@ -141,19 +112,13 @@ def open_two_sensor(arguments: SourceArguments) -> Source:
         mean=(),
         std=(),
         fields=_fields(crop.size, {OPTICAL: 3, RADAR: 2}),
-        details=_details(scales, (0, 1, 2)),
+        details=sensor_details(scales, (0, 1, 2)),
     )
     return TwoSensorSource(images, crop, scales, spec)
 
 
 def _fields(side: int, channels: dict[str, int]) -> dict[str, Field]:
     return {name: Field((side, side, count), "uint8") for name, count in channels.items()}
-
-
-def _details(scales: dict[str, ClippedScale], colours: tuple[int, int, int]) -> dict[str, Any]:
-    """What a system may want to know: which optical channels are red, green and blue, and what 0 and 255 stand for."""
-    ranges = {name: {"low": list(scale.low), "high": list(scale.high)} for name, scale in scales.items()}
-    return {"optical_colours": list(colours), "ranges": ranges}
 
 
 @dataclass(frozen=True)
@@ -244,7 +209,7 @@ def open_sentinel_pairs(arguments: SourceArguments) -> Source:
     if labels is not None:
         fields[LABELS] = Field(labels.shape[1:], "uint8")
     # Bands in the order of the satellite's numbers: B04, B03 and B02 are red, green and blue.
-    details = _details(scales, (3, 2, 1)) | {"label_names": [str(each) for each in arrays.get("classes", ())]}
+    details = sensor_details(scales, (3, 2, 1)) | {"label_names": [str(each) for each in arrays.get("classes", ())]}
     chosen = parts[arguments.split]
     made = SentinelSource(
         {name: scales[name](raster[chosen]) for name, raster in rasters.items()},

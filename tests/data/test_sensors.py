@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskae.data.sensors import OPTICAL, RADAR, ClippedScale, luminance_and_energy
+from maskae.data.sensor_scale import ClippedScale
+from maskae.data.sensors import OPTICAL, RADAR, luminance_and_energy
 from maskae.data.sources import open_source
 from maskae.errors import UserError
 
