@@ -195,6 +195,11 @@ def cut_short(folder: Path) -> None:
     (folder / "s1" / "0.tif").write_bytes(whole[:-20])
 
 
+def wrong_header(folder: Path) -> None:
+    with tifffile.TiffFile(folder / "s1" / "0.tif", mode="r+") as opened:
+        opened.pages.first.tags["ImageWidth"].overwrite(2**24)
+
+
 def other_bands(folder: Path) -> None:
     write_raster(folder / "s1" / "0.tif", np.zeros((3, SIDE, SIDE), np.uint8))
 
@@ -235,6 +240,7 @@ DAMAGE = [
     (wrong_size, r"s2 8 x 8 pixels and s1 4 x 8 are not of the same size"),
     (not_a_raster, r"s1/0.tif: no readable TIFF file: not a TIFF file"),
     (cut_short, r"s1/0.tif: no readable TIFF file: failed to read"),
+    (wrong_header, r"s1/0.tif: no readable TIFF file: .* in so small a file"),
     (not_numbers, r"s1/0.tif: complex64 values"),
     (too_many_axes, r"s1/0.tif: the axes TZYX"),
     (no_seasons, r"s2/0.tif: no .tif or .tiff in the folder"),
