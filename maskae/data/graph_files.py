@@ -55,8 +55,8 @@ VALIDATION_NODES = 500
 # The TU sets as the authors of DGCNN publish them: the same graphs as the collection's, in another order.
 TU_URL = "https://raw.githubusercontent.com/muhanzhang/pytorch_DGCNN/50f504131ca66382f3f078ae98e59aa3ae35b795/data/"
 TU_BLOBS = {
-    "IMDBBINARY": "b22c5540bc2dabbd786c78f45ba1cff2a43dbf47",
-    "IMDBMULTI": "ada2c2b94293fc72625faea764b3c4d13486a122",
+    "IMDB-BINARY": "b22c5540bc2dabbd786c78f45ba1cff2a43dbf47",
+    "IMDB-MULTI": "ada2c2b94293fc72625faea764b3c4d13486a122",
     "MUTAG": "e462abb7fa4a0748ef7c3746dcb8889dec00aff6",
     "NCI1": "71da5c19220474d3392590292a30779d908f501b",
     "PROTEINS": "e9cd1e3183ded3ce4fd38acf5b714f608c2cefc7",
@@ -266,8 +266,9 @@ def _read_lists(numbers: Iterator[int]) -> tuple[int, list[tuple[int, list[int]]
     return label, [(next(numbers), [next(numbers) for _ in range(next(numbers))]) for _ in range(count)]
 
 
-def download_graph_set(stem: str, folder: Path) -> Path:
+def download_graph_set(name: str, folder: Path) -> Path:
     """The file of lists of a set in `TU_BLOBS`, fetched and checked where it is missing. Raises UserError where that fails."""
+    stem = name.replace("-", "")
     path = folder / f"{stem}.txt"
-    download(f"{TU_URL}{stem}/{stem}.txt", path, TU_BLOBS[stem], f"tu:{stem}")
+    download(f"{TU_URL}{stem}/{stem}.txt", path, TU_BLOBS[name], f"tu:{name}")
     return path

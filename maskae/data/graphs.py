@@ -14,6 +14,7 @@ import numpy as np
 from maskae.data.contract import Record, Source, SourceArguments, stratified_split
 from maskae.data.graph_files import (
     PLANETOID_BLOBS,
+    TU_BLOBS,
     GraphSet,
     NodeGraph,
     download_graph_set,
@@ -31,14 +32,6 @@ from maskae.nn.sparse_nodes import word_fields
 
 # The official degree features stop at 400.
 LARGEST_DEGREE = 400
-GRAPH_SETS = {
-    "MUTAG": "mutag",
-    "PTC": "ptc",
-    "PROTEINS": "proteins",
-    "NCI1": "nci1",
-    "IMDB-BINARY": "imdbbinary",
-    "IMDB-MULTI": "imdbmulti",
-}
 
 
 @dataclass(frozen=True)
@@ -145,12 +138,12 @@ def node_spec(name: str, graph: NodeGraph) -> DataSpec:
 
 def open_graph_set(arguments: SourceArguments) -> Source:
     """A TU set by name: `<root>/graphs_tu/<name>.npz`, `<root>/<name>.npz`, the collection's text files in `<root>/<name>`, or for
-    `GRAPH_SETS` the file of DGCNN's authors in `<root>/graphs_tu`, where it is fetched to if there is nothing.
+    `TU_BLOBS` the file of DGCNN's authors in `<root>/graphs_tu`, where it is fetched to if there is nothing.
 
     `val_percent` 0 gives ALL graphs as both splits: the protocol of these sets is cross-validation within one set. Nodes have their label
     one-hot, or where the set has none their degree. Raises UserError for a name or file that is none.
     """
-    known = {name.lower().replace("-", ""): name for name in GRAPH_SETS}
+    known = {name.lower().replace("-", ""): name for name in TU_BLOBS}
     name = known.get(arguments.path.lower().replace("-", "").replace("_", ""), arguments.path)
     graphs = read_graph_set(arguments, name)
     if arguments.val_percent:
@@ -184,18 +177,18 @@ def open_graph_set(arguments: SourceArguments) -> Source:
 def read_graph_set(arguments: SourceArguments, name: str) -> GraphSet:
     """The graphs of the set `name` from the first place that has it."""
     base = arguments.base
-    stem = GRAPH_SETS.get(name, name)
+    stem = name.replace("-", "").lower() if name in TU_BLOBS else name
     for path in (base / "graphs_tu" / f"{stem}.npz", base / f"{stem}.npz"):
         if path.is_file():
             return read_graph_set_npz(path)
     for folder in (base / name, base / "graphs_tu" / name):
         if (folder / f"{name}_A.txt").is_file():
             return read_graph_set_text(folder, name)
-    if name in GRAPH_SETS:
-        return read_graph_set_lists(download_graph_set(stem.upper(), base / "graphs_tu"))
+    if name in TU_BLOBS:
+        return read_graph_set_lists(download_graph_set(name, base / "graphs_tu"))
     raise UserError(
         f"{arguments.name}: neither {base / 'graphs_tu' / f'{stem}.npz'} nor {base / name / f'{name}_A.txt'} is there"
-        f"{nearest(arguments.path, GRAPH_SETS)}; {', '.join(sorted(GRAPH_SETS))} are fetched; "
+        f"{nearest(arguments.path, TU_BLOBS)}; {', '.join(sorted(TU_BLOBS))} are fetched; "
         f"for others unpack the set's zip file of the TU collection into {base}"
     )
 
