@@ -401,6 +401,8 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh
         mesh = mesh_module.make_mesh(config.mesh.to_dict())
     mesh_module.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     mesh_module.check_batch(config.evaluate.batch_size, 1, mesh, "evaluate.batch_size")
+    if config.model.get("channels", 1) < 1:
+        raise UserError(f"model.channels={config.model.channels}: {config.system} reads pictures, which have at least 1 (data.channels)")
     system = build_from(SYSTEMS, config.system, config.model.to_dict(), "system")
     train_source, val_source = sources or open_sources(config)
     spec = train_source.spec

@@ -115,6 +115,10 @@ def test_a_run_imports_neither_tensorflow_nor_torch(tmp_path):
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.data.source=digit"], ["digit", "did you mean 'digits'"]),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.data.image_size=16"], ["image_size=16", "8 x 8"]),
         (["--config", "configs/mae.py:tiny", "--dry_run", "--config.model.heads=5"], ["heads"]),
+        (
+            ["--config", "configs/mae.py", "--dry_run", *(f"--config.data.{x}" for x in ("source=tu:none", "examples=9", "channels=0"))],
+            ["model.channels=0: mae reads pictures"],
+        ),
         (["--config", "configs/mae.py:tiny", "--evaluate", "no/such/run"], ["no/such/run"]),
     ],
 )
