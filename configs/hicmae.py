@@ -91,7 +91,11 @@ def get_config(variant: str = "base") -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    """Grey clips of 8 frames of 32 pixels, 64 tokens of which 8 are seen; 0.64 seconds of sound, 32 patches of which 7 are seen."""
+    """Grey clips of 8 frames of 32 pixels in 64 tokens, 0.64 seconds of sound in 32, half of them seen.
+
+    A frame has 16 places, not 100: with the paper's shares two would be seen, too few to tell a digit by, and the contrast would stay at
+    chance. Its weight is larger for the same reason, 3,000 steps instead of 680,000.
+    """
     config.model = {
         "image_size": 32,
         "frames": 8,
@@ -108,15 +112,15 @@ def tiny(config: ConfigDict) -> ConfigDict:
         "decoder_depth": 2,
         "decoder_heads": 4,
         "levels": (1, 2, 3),
-        "mask_ratio": 0.9,
-        "audio_mask_ratio": 0.8,
-        "contrastive_weight": 0.0025,
+        "mask_ratio": 0.5,
+        "audio_mask_ratio": 0.5,
+        "contrastive_weight": 0.3,
         "temperature": 0.07,
         "contrastive_scope": "local",
         "group_size": 32,
         "frame_difference": True,
         "mean": (0.1,),
-        "std": (0.3,),
+        "std": (0.1,),
         "pool": "both",
         "dtype": "float32",
         "scan": False,
@@ -125,9 +129,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     }
     config.data.source = "spoken_digits:fsdd@32,8,64,32"
     config.train.batch_size = 32
-    set_duration(config.train, total_steps=600)
+    set_duration(config.train, total_steps=3000)
     config.optimizer.schedule = "cosine_twice"
-    config.optimizer.base_learning_rate = 8e-3  # 1e-3 at batch 32
+    config.optimizer.base_learning_rate = 1.6e-2  # 2e-3 at batch 32
     set_duration(config.optimizer, warmup_percent=10.0)
     config.evaluate.evaluators = {
         "matched": {"features": ("video_level_3", "audio_level_3"), "ks": (1,), "batch": 32},
