@@ -17,6 +17,7 @@ from typing import Any
 from maskae.errors import UserError, check_arguments, check_choice
 from maskae.evaluate.accuracy import Accuracy
 from maskae.evaluate.detection import Detection
+from maskae.evaluate.emotion import Recall
 from maskae.evaluate.evaluators import Attentive, Clustering, Evaluator, Knn, Linear, Logistic, Rank, Ridge
 from maskae.evaluate.features import Features, extract, raw_pixels, standardise, to_host
 from maskae.evaluate.few_shot import FewShot
@@ -63,6 +64,7 @@ EVALUATORS: dict[str, type] = {
     "node_clusters": NodeClusters,
     "node_probe": NodeProbeEvaluator,
     "rank": Rank,
+    "recall": Recall,
     "ridge": Ridge,
     "score_field": ScoreField,
 }

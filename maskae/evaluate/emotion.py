@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
+
+from maskae.evaluate.evaluators import classes_of, column
+from maskae.evaluate.features import Features
 
 
 def recalls(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -27,3 +33,19 @@ def concordance(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     covariance = ((left - left.mean(0)) * (right - right.mean(0))).sum(0) / (len(left) - 1)
     spread = left.var(0, ddof=1) + right.var(0, ddof=1) + (left.mean(0) - right.mean(0)) ** 2
     return np.divide(2 * covariance, spread, out=np.zeros_like(spread), where=spread > 0)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """`uar`, the mean over classes of their recall, and `war`, the accuracy, of the `logits` on the validation split. Needs no seed."""
+
+    needs_labels: ClassVar[bool] = True
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The feature that it reads."""
+        return ("logits",)
+
+    def __call__(self, train: Features, val: Features, seed: int = 0) -> dict[str, float]:
+        unweighted, weighted = recalls(column(val, "logits", "val").argmax(-1), classes_of(val, "val"))
+        return {"uar": unweighted, "war": weighted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -16,14 +17,13 @@ from maskae.evaluate.emotion import concordance, correlation, recalls
 from maskae.interop.case import GRADIENT, Case, Reproduced
 from maskae.interop.layout import LINEAR, OUT_PROJECTION, VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign, to_foreign
 from maskae.masking import take_tokens
-from maskae.nn.audio_visual import LayerSum
-from maskae.nn.layers import LayerNorm
 from maskae.nn.positions import sinusoid
 from maskae.optim import decay_mask, lr_scale_tree
 from maskae.paths import flatten_paths, unflatten_paths
 from maskae.schedules import make_schedule
 from maskae.systems.hicmae import Hicmae
-from maskae.systems.hicmae_arguments import EPSILON, MODALITIES
+from maskae.systems.hicmae_arguments import MODALITIES
+from maskae.systems.hicmae_classifier import HicmaeClassifier, layer_scales
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FINETUNE = "finetune/"
@@ -194,19 +194,6 @@ def inputs_of(case: Case, system: Hicmae) -> tuple[dict[str, jax.Array], dict[st
     return system.inputs(batch), masks
 
 
-def classify(system: Hicmae, params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Fine-tuning's normed feature [B, 4D] and logits [B, K]."""
-    encoded = {modality: system.encode(params, modality, inputs[modality]) for modality in MODALITIES}
-    parts: list[Any] = []
-    for modality in MODALITIES:
-        means = jnp.stack([layer.mean(1) for layer in encoded[modality].layers], 1)  # [B, layers, D]
-        parts.append(LayerSum().apply({"params": params[f"{modality}_sum"]}, means))
-    fused = system.fuse(params, encoded["video"].tokens, encoded["audio"].tokens)
-    joined: Any = jnp.concatenate([*parts, fused.video.mean(1), fused.audio.mean(1)], -1)
-    feature: Any = LayerNorm(EPSILON).apply({"params": params["fc_norm"]}, joined)
-    return feature, feature @ params["head"]["kernel"] + params["head"]["bias"]
-
-
 def replay_forward(case: Case, system: Hicmae, params: Any) -> dict[str, Reproduced]:
     """Tokens, encodings, levels, predictions, targets and losses."""
     inputs, masks = inputs_of(case, system)
@@ -270,26 +257,17 @@ def replay_tables(case: Case, system: Hicmae) -> dict[str, Reproduced]:
 
 def replay_classifier(case: Case, system: Hicmae, params: Any) -> dict[str, Reproduced]:
     """The fine-tuning head's feature and logits, and each of its parameters' rate and decay."""
-    feature, logits = jax.jit(lambda p: classify(system, p, inputs_of(case, system)[0]))(params)
+    arguments = {field.name: getattr(system, field.name) for field in fields(system)}
+    classifier = HicmaeClassifier(**arguments, num_classes=case.record["config"]["finetune_classes"])
+    feature, logits = jax.jit(lambda p: classifier.classify(p, inputs_of(case, system)[0]))(params)
     used = {name: value for name, value in params.items() if "decoder" not in name and "mask_token" not in name}
     decay = case.record["config"]["layer_decay"]
-    scales = lr_scale_tree(used, None, layer_scales(system, decay))
+    scales = lr_scale_tree(used, None, layer_scales(system.depth, system.fusion_depth, decay))
     decays = jax.tree.map(lambda decays: WEIGHT_DECAY * decays, decay_mask(used))
     spread = [official_names(jax.tree.map(lambda leaf, value: np.full(leaf.shape, value), used, each), system) for each in (scales, decays)]
     rows = np.asarray([[each[name].ravel()[0] for each in spread] for name in case.record["config_names"]])
     found = {"finetune/feature": Reproduced(feature), "finetune/logits": Reproduced(logits)}
     return found | {"finetune/lr_scale_and_decay": Reproduced(rows)}
-
-
-def layer_scales(system: Hicmae, decay: float) -> tuple[tuple[str, float], ...]:
-    """(pattern, factor) pairs of fine-tuning's layer decay for `optim.lr_scale_tree`.
-
-    Layer 0 are the embeddings, i the encoders' layer i, depth + j fusion layer j, and everything else is one layer above them.
-    """
-    top = system.depth + system.fusion_depth + 1
-    pairs = [(r"_encoder/patch_embed/", decay**top)]
-    pairs += [(rf"_encoder/block_{i}/", decay ** (top - 1 - i)) for i in range(system.depth)]
-    return (*pairs, *((rf"fusion/.*_block_{i}/", decay ** (top - 1 - system.depth - i)) for i in range(system.fusion_depth)))
 
 
 def replay_gradients(case: Case, system: Hicmae, params: Any) -> dict[str, Reproduced]:

@@ -12,6 +12,7 @@ from maskae.systems.gm_df import GmDf
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules
 from maskae.systems.hicmae import Hicmae
+from maskae.systems.hicmae_classifier import HicmaeClassifier
 from maskae.systems.identity_encoder import IdentityEncoder
 from maskae.systems.mae import Mae
 from maskae.systems.mae_finetune import FineTune
@@ -43,6 +44,7 @@ SYSTEMS: dict[str, type] = {
     "graph_mae": GraphMae,
     "graph_mae_molecules": GraphMaeMolecules,
     "hicmae": Hicmae,
+    "hicmae_classifier": HicmaeClassifier,
     "identity_encoder": IdentityEncoder,
     "mae": Mae,
     "mae_finetune": FineTune,

@@ -79,14 +79,16 @@ class Hicmae(HicmaeArguments):
         tokens = apply({"params": params[f"{modality}_encoder"]}, images, method="embed")
         return tokens.reshape(len(inputs), -1, self.width)  # [B, L, D]
 
-    def encode(self, params: Params, modality: str, inputs: jax.Array, seen: jax.Array | None = None) -> Encodings:
-        """A modality's inputs, all tokens or the rows `seen` int32 [B, n]."""
+    def encode(
+        self, params: Params, modality: str, inputs: jax.Array, seen: jax.Array | None = None, draws: jax.Array | None = None
+    ) -> Encodings:
+        """A modality's inputs, all tokens or the rows `seen` int32 [B, n]; `draws` [depth, 2, B] of an encoder with stochastic depth."""
         own, encoder = params[f"{modality}_encoder"], self.encoder(modality)
         tokens = self.embed(params, modality, inputs)
         tokens = tokens + jnp.asarray(sinusoid(self.width, tokens.shape[1]), tokens.dtype)
         if seen is not None:
             tokens = constrain(take_tokens(tokens, seen), "batch")  # [B, n, D]
-        encoded: Any = encoder.apply({"params": own}, tokens, collect=True, method="encode")
+        encoded: Any = encoder.apply({"params": own}, tokens, draws, collect=True, method="encode")
         norm = LayerNorm(EPSILON, jnp.dtype(self.dtype))
         layers: list[Any] = [norm.apply({"params": own["norm"]}, encoded.blocks[i]) for i in range(encoder.depth)]
         return Encodings(layers[-1], layers, encoded.blocks)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.data.spec import DataSpec
-from maskae.errors import UserError, check_choice
+from maskae.errors import check_choice
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.flops import linear_flops
 from maskae.nn.heads import ProjectionHead
-from maskae.paths import flatten_paths, map_paths
+from maskae.nn.transfer import adopt_parts
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.tip import Tip, corrupted_rows, rows_of
 
@@ -62,17 +62,8 @@ class TipClassifier(Tip):
 
     def with_pretrained(self, fresh: Variables, given: Variables) -> Variables:
         """`fresh` with the encoders and the state of `given`. Raises UserError listing what does not fit."""
-        need = flatten_paths({name: fresh.params[name] for name in ENCODERS} | {"state": fresh.state})
-        have = flatten_paths({**given.params, "state": given.state})
-        wrong = [path for path, leaf in need.items() if path not in have or tuple(have[path].shape) != tuple(leaf.shape)]
-        if wrong:
-            raise UserError(f"the pretrained encoders do not fit: {len(wrong)} arrays differ or are absent, for example {wrong[0]}")
-
-        def adopt(name: str, own: Params) -> Params:
-            return map_paths(lambda path, leaf: jnp.asarray(have[f"{name}/{path}"], leaf.dtype), own)
-
-        params = {name: adopt(name, fresh.params[name]) for name in ENCODERS}
-        return Variables(fresh.params | params, adopt("state", fresh.state))
+        params = adopt_parts(fresh.params, given.params, ENCODERS)
+        return Variables(params, adopt_parts(fresh.state, given.state, tuple(fresh.state)))
 
     def classify(self, params: Params, fused: jax.Array) -> jax.Array:
         """Fused class tokens [B, D] -> logits float32 [B, K]."""

@@ -32,3 +32,9 @@ def test_the_evaluator_reads_the_validation_logits() -> None:
     assert evaluators["accuracy"]({}, few) == {"top1": pytest.approx(2 / 3)}
     with pytest.raises(UserError, match="1 of the 3 val examples have no label"):
         evaluators["accuracy"]({}, few | {"label": np.array([0, -1, 2])})
+
+
+def test_recall_weighs_classes_alike() -> None:
+    logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 0, 2]]
+    found = make_evaluators({"recall": {}})["recall"]({}, {"logits": logits, "label": np.array([0, 0, 0, 1, 2])})
+    assert found == {"uar": pytest.approx((2 / 3 + 0 + 1) / 3), "war": pytest.approx(3 / 5)}

@@ -1,0 +1,117 @@
+"""HiCMAE's classifier: its size, what it takes from pretraining, what is mixed, and what trains how fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskae.errors import UserError
+from maskae.optim import lr_scale_tree
+from maskae.paths import flatten_paths
+from maskae.systems.contract import System, Variables
+from maskae.systems.hicmae_classifier import HicmaeClassifier, layer_scales
+from tests.systems.test_hicmae import BATCH, PARAMS, SMALL
+from tests.systems.test_mae import count, dot_flops
+
+CLASSIFIER = HicmaeClassifier(**SMALL, num_classes=5)
+LABELLED = BATCH | {"label": jnp.array([0, 1, 1, 4])}
+QUIET: dict[str, Any] = {"flip": False, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Variables:
+    return jax.jit(CLASSIFIER.init)(jax.random.key(5), BATCH)
+
+
+def test_size_of_the_paper() -> None:
+    system = HicmaeClassifier(num_classes=6)
+    assert isinstance(system, System)
+    assert count(jax.eval_shape(system.init, jax.random.key(0), {}).params) == 80_792_602
+
+
+def test_it_takes_the_pretrained_encoders_and_nothing_else(fresh: Variables) -> None:
+    taken = CLASSIFIER.with_pretrained(fresh, Variables(PARAMS, {})).params
+    for part in ("video_encoder", "audio_encoder", "fusion"):
+        jax.tree.map(np.testing.assert_array_equal, taken[part], PARAMS[part])
+    assert set(taken) == {"video_encoder", "audio_encoder", "fusion", "video_sum", "audio_sum", "fc_norm", "head"}
+    with pytest.raises(UserError, match="do not fit: .* for example audio_encoder/"):
+        CLASSIFIER.with_pretrained(fresh, Variables({"video_encoder": PARAMS["video_encoder"]}, {}))
+
+
+def test_one_branch_is_the_plain_sum_of_its_layers(fresh: Variables) -> None:
+    """Equal weights at first, so the sum is the mean that pretraining's features have."""
+    heard = HicmaeClassifier(**SMALL, **QUIET, branches="audio")
+    alone = {name: BATCH[name] for name in ("spectrogram", "example")}
+    start = heard.init(jax.random.key(2), alone)
+    assert set(start.params) == {"audio_encoder", "audio_sum", "fc_norm", "head"}
+    found = jax.jit(heard.features)(start.params, {}, alone)
+    layers = heard.encode(start.params, "audio", heard.inputs(alone)["audio"]).layers
+    mean = np.asarray(jnp.stack([layer.mean(1) for layer in layers]).mean(0))
+    normed = (mean - mean.mean(1, keepdims=True)) / np.sqrt(mean.var(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(found["pooled"], normed, atol=1e-4)
+    assert found["logits"].shape == (4, 6)
+    with pytest.raises(UserError, match="branches=both: the batch has no video"):
+        CLASSIFIER.features(fresh.params, {}, alone)
+
+
+def test_clips_are_mixed_and_sounds_are_not() -> None:
+    inputs = CLASSIFIER.inputs(LABELLED)
+    mixing = HicmaeClassifier(**SMALL, **QUIET | {"mixup": 0.8}, num_classes=5, label_smoothing=0.0)
+    changed, soft = jax.jit(lambda rng: mixing.augmented(inputs, LABELLED, rng))(jax.random.key(0))
+    share = float(soft[0, 0])
+    assert 0 < share < 1
+    np.testing.assert_allclose(soft[0], [share, 0, 0, 0, 1 - share], atol=1e-6)
+    np.testing.assert_allclose(changed["video"], share * inputs["video"] + (1 - share) * inputs["video"][::-1], atol=1e-5)
+    np.testing.assert_array_equal(changed["audio"], inputs["audio"])
+
+
+def test_mirroring_and_erasing_are_alike_in_all_frames() -> None:
+    still = LABELLED | {"video": jnp.broadcast_to(BATCH["video"][:, :1], BATCH["video"].shape)}
+    inputs = CLASSIFIER.inputs(still)
+    mirrored, soft = HicmaeClassifier(**SMALL, **QUIET | {"flip": True}).augmented(inputs, still, jax.random.key(1))
+    assert soft is None
+    np.testing.assert_array_equal(mirrored["video"], np.broadcast_to(mirrored["video"][:, :1], inputs["video"].shape))
+    turned = [not np.array_equal(a, b) for a, b in zip(mirrored["video"], inputs["video"], strict=True)]
+    assert 0 < sum(turned) < len(turned)
+    erased, _ = HicmaeClassifier(**SMALL, **QUIET | {"erase": 0.99}).augmented(inputs, still, jax.random.key(1))
+    places = np.asarray((erased["video"] != inputs["video"]).any(-1))
+    np.testing.assert_array_equal(places, np.broadcast_to(places[:, :1], places.shape))
+    assert 0 < places.mean() < 1
+
+
+def test_the_loss_trains_every_part_and_stochastic_depth_changes_it(fresh: Variables) -> None:
+    @jax.jit
+    def of(params: Any) -> Any:
+        return jax.value_and_grad(CLASSIFIER.loss, has_aux=True)(params, {}, LABELLED, jax.random.key(1), 0)
+
+    (loss, _), grads = of(fresh.params)
+    assert np.isfinite(loss)
+    assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0
+    dropping, whole = (HicmaeClassifier(**SMALL, **QUIET, num_classes=5, drop_path=rate) for rate in (0.9, 0.0))
+    losses = [float(jax.jit(each.loss)(fresh.params, {}, LABELLED, jax.random.key(1), 0)[0]) for each in (dropping, whole)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def test_deeper_layers_learn_faster(fresh: Variables) -> None:
+    scales = flatten_paths(lr_scale_tree(fresh.params, None, layer_scales(2, 1, 0.5)))
+    expected = {"video_encoder/patch_embed/kernel": 2**-4, "audio_encoder/block_0/mlp/fc1/kernel": 2**-3}
+    expected |= {"video_encoder/block_1/norm1/scale": 2**-2, "fusion/audio_block_0/norm1/scale": 0.5}
+    expected |= {"fusion/video_norm/scale": 1, "head/kernel": 1}
+    assert {path: scales[path] for path in expected} == pytest.approx(expected)
+
+
+def test_flops_by_formula_are_those_of_the_trace(fresh: Variables) -> None:
+    trace = jax.make_jaxpr(lambda p: CLASSIFIER.classify(p, CLASSIFIER.inputs(BATCH)))(fresh.params)
+    # The sum over layers is 2 * D * layers of each modality, which the formula leaves out.
+    sums = 4 * 2 * 2 * CLASSIFIER.width * CLASSIFIER.depth
+    assert dot_flops(trace.jaxpr) == pytest.approx(4 * CLASSIFIER.forward_flops(BATCH) + sums, rel=1e-9)
+
+
+def test_mistakes_are_refused_early() -> None:
+    for wrong, words in (({"branches": "sound"}, "audio"), ({"drop_path": 1.0}, "drop_path"), ({"branches": "audio"}, "there are none")):
+        with pytest.raises(UserError, match=words):
+            HicmaeClassifier(**SMALL, **wrong)
