@@ -13,9 +13,9 @@ its vectors and, late, the discriminator with it. A folder of faces sorted by pe
 `:base`   112-pixel crops of 50,000 people; ResNet-100 and LPIPS from files, no stage 1: --config.model.face_weights=r100.safetensors
           --config.model.perceptual_weights=lpips_vgg.safetensors. 2.2e19 FLOP. Not run; it fits 16 v5e chips. The paper: 0.5 M images
           of its HSFace10K train a recogniser to 92.00 % (mean of five sets), real CASIA-WebFace to 94.79.
-Unlike the released code, one norm over both networks is clipped at 2 instead of one norm each, and the generator's loss does not leak into
-the discriminator's gradients (--config.model.stop_at_discriminator=False leaks). Without LPIPS weights, `perceptual="identity"` measures
-the same distance on the identity network's maps.
+Each network's gradients are clipped at 2 by their own norm. Unlike in the released code, the generator's loss does not leak into the
+discriminator's gradients (--config.model.stop_at_discriminator=False leaks). Without LPIPS weights, `perceptual="identity"` measures the
+same distance on the identity network's maps.
 """
 
 from __future__ import annotations

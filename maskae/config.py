@@ -103,7 +103,7 @@ def default_config() -> ConfigDict:
             # Other optimizers for the parameters whose path holds a pattern: {"discriminator": {"name": "adam", "minimum": 1e-5}}; what is
             # left out is as above.
             "groups": {},
-            "clip_norm": 0.0,  # global norm; 0: no clipping
+            "clip_norm": 0.0,  # largest norm of all gradients, with groups of each group's own; 0: no clipping
             "layer_decay": 1.0,  # learning-rate factor per block from the top down
             "no_decay": ("vectors",),  # names without weight decay; `vectors` stands for every bias and scale
         },

@@ -29,7 +29,7 @@ from maskae.durations import duration_steps, whole_steps
 from maskae.errors import UserError, check_arguments
 from maskae.evaluate.features import to_host
 from maskae.merging import group_of
-from maskae.optim import Optimizer, make_optimizer, partition
+from maskae.optim import Optimizer, clipped, make_optimizer, partition
 from maskae.schedules import cosine_between, make_schedule, scaled_learning_rate
 from maskae.stages import StageData
 from maskae.step import TrainState, init_train_state, make_train_step, train_state_of
@@ -81,13 +81,17 @@ class Experiment:
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """The update rule with its schedule; one for each of `optimizer.groups` and for the parameters that none of them names."""
+        """The update rule with its schedule; one for each of `optimizer.groups` and for the parameters that none of them names.
+
+        With groups each clips its gradients by their own norm, as two optimizers in a paper's code do; without, the step clips.
+        """
         group = self.config.optimizer
         main = self._optimizer(group, "optimizer")
         if not group.groups:
             return main
-        parts = [(pattern, self._optimizer(group_of(group, pattern), f"optimizer.groups.{pattern}")) for pattern in group.groups]
-        return dataclasses.replace(partition([*parts, ("", main)]), schedule=main.schedule)
+        named = {pattern: group_of(group, pattern) for pattern in group.groups}
+        parts = [(name, clipped(self._optimizer(own, f"optimizer.groups.{name}"), own.clip_norm)) for name, own in named.items()]
+        return dataclasses.replace(partition([*parts, ("", clipped(main, group.clip_norm))]), schedule=main.schedule)
 
     def _optimizer(self, group: ConfigDict, key: str) -> Optimizer:
         lengths = {"total_steps": self._steps(self.config.train, "total", None), **group.schedule_arguments.to_dict()}
@@ -249,7 +253,7 @@ class Experiment:
             self.prepare,
             self.root_key,
             accumulate=train.accumulate,
-            clip_norm=self.config.optimizer.clip_norm,
+            clip_norm=0.0 if self.config.optimizer.groups else self.config.optimizer.clip_norm,
             ema_decay=train.ema_decay,
         )
         state = jax.tree.map(lambda s: s.sharding, self.abstract_state)

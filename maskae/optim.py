@@ -13,6 +13,7 @@ Parameters are named by their path, `encoder/block_3/mlp/fc1/kernel`. A **vector
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -263,6 +264,17 @@ def partition(groups: Sequence[tuple[str, Optimizer]]) -> Optimizer:
         return unflatten_paths(updates), moved
 
     return Optimizer(init, update, groups[0][1].schedule)
+
+
+def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
+    """`optimizer` on gradients that `clip_by_global_norm` clips by the norm of its own parameters' alone; 0 leaves it."""
+    if not max_norm:
+        return optimizer
+
+    def update(grads: Tree, state: Tree, params: Tree, step: Any) -> tuple[Tree, Tree]:
+        return optimizer.update(clip_by_global_norm(grads, max_norm)[0], state, params, step)
+
+    return dataclasses.replace(optimizer, update=update)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float | None) -> tuple[Tree, jax.Array]:

@@ -241,6 +241,17 @@ def test_partition_is_each_optimizer_on_its_own_part() -> None:
         optim.partition([("decoder", adamw), ("", lars)]).init(params)
 
 
+def test_each_part_is_clipped_by_its_own_norm() -> None:
+    sgd = optim.make_optimizer("sgd", schedule=warmup_constant(1.0, 0), momentum=0.0)
+    both = optim.partition([("^small", optim.clipped(sgd, 2.0)), ("", optim.clipped(sgd, 2.0))])
+    params = {"small": jnp.zeros(2), "large": jnp.zeros(2)}
+    grads = {"small": jnp.array([0.6, 0.8]), "large": jnp.array([30.0, 40.0])}
+    updates, _ = both.update(grads, both.init(params), params, 0)
+    np.testing.assert_allclose(updates["small"], [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(updates["large"], [-1.2, -1.6], rtol=1e-6)
+    assert optim.clipped(sgd, 0.0) is sgd
+
+
 def test_clipping_reports_the_norm_before() -> None:
     grads = {"a": jnp.array([3.0, 0.0]), "b": {"c": jnp.array([[4.0]])}}
     clipped, norm = optim.clip_by_global_norm(grads, 1.0)

@@ -185,6 +185,19 @@ def points(monkeypatch) -> Experiment:
     return build(config, (Points(), Points()))
 
 
+def test_groups_clip_their_own_gradients(points):
+    """A bound of almost nothing on the critic stops the critic and nothing else."""
+    points.config.unlock()
+    points.config.optimizer.groups.critic.clip_norm = 1e-12
+    points.config.lock()
+    with jax.set_mesh(points.mesh):
+        state = jax.tree.map(np.asarray, points.start_state()["params"])
+        after, metrics = points.train_step(points.start_state(), points.put(points.pipeline.batch(0)))
+    moved = {name: float(np.abs(np.asarray(after["params"][name]["kernel"]) - state[name]["kernel"]).max()) for name in state}
+    assert metrics["gradient_norm"] > 1e-3
+    assert moved["critic"] < 1e-9 < 1e-3 < moved["centre"]
+
+
 def test_records_of_points_go_through_the_whole_house(points, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build", lambda config: points)
     assert train.run(points.config, tmp_path / "run") == 0
