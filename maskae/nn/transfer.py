@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,20 +12,6 @@ from maskae.nn.positions import resize_positions, sincos_2d
 from maskae.paths import flatten_paths, unflatten_paths
 
 Grid = tuple[int, int]
-
-
-def adopt_parts(own: dict[str, Any], given: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """The tree `own` with its `parts` taken from `given`, in the dtypes of `own`.
-
-    Raises:
-        UserError: naming an array of these parts that `given` lacks or has in another shape, and how many there are.
-    """
-    have = flatten_paths({name: given[name] for name in parts if name in given})
-    need = flatten_paths({name: own[name] for name in parts})
-    wrong = [path for path, leaf in need.items() if path not in have or tuple(have[path].shape) != tuple(leaf.shape)]
-    if wrong:
-        raise UserError(f"the pretrained encoders do not fit: {len(wrong)} arrays differ or are absent, for example {wrong[0]}")
-    return own | unflatten_paths({path: jnp.asarray(have[path], leaf.dtype) for path, leaf in need.items()})
 
 
 def adopt_encoder(

@@ -12,13 +12,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError
 from maskae.keys import purpose_key
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.flops import linear_flops
 from maskae.nn.heads import ProjectionHead
+from maskae.nn.transfer import adopt_parameters
 from maskae.nn.views import view_called
-from maskae.paths import flatten_paths, map_paths
 from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 
@@ -62,19 +61,8 @@ class CnnFineTune(CnnArguments):
 
     def with_pretrained(self, fresh: Variables, given: Variables) -> Variables:
         """`fresh` with the encoder of `given` and its running statistics. Raises UserError listing the leaves that do not fit."""
-
-        def adopt(own: Params, stored: Params, what: str) -> Params:
-            have, need = flatten_paths(stored), flatten_paths(own)
-            wrong = [path for path, leaf in need.items() if path not in have or tuple(have[path].shape) != tuple(leaf.shape)]
-            if wrong:
-                raise UserError(f"the pretrained encoder does not fit: {len(wrong)} {what} differ, for example encoder/{wrong[0]}")
-            return map_paths(lambda path, leaf: jnp.asarray(have[path], leaf.dtype), own)
-
-        for part, name in ((given.params, "parameters"), (given.state, "running statistics")):
-            if "encoder" not in part:
-                raise UserError(f"there is no encoder among the pretrained {name}; there are {', '.join(sorted(part)) or 'none'}")
-        params = {**fresh.params, "encoder": adopt(fresh.params["encoder"], given.params["encoder"], "parameters")}
-        return Variables(params, {"encoder": adopt(fresh.state["encoder"], given.state["encoder"], "running statistics")})
+        params = adopt_parameters(fresh.params, given.params, skip=("head",))
+        return Variables(params, adopt_parameters(fresh.state, given.state, what="encoder's running statistics"))
 
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Cross-entropy of the classifier on the pooled feature."""

@@ -21,7 +21,7 @@ from maskae.losses.classification import label_smoothing_cross_entropy, soft_tar
 from maskae.nn.audio_visual import LayerSum
 from maskae.nn.flops import block_flops, cross_block_flops, linear_flops
 from maskae.nn.layers import LayerNorm, xavier
-from maskae.nn.transfer import adopt_parts
+from maskae.nn.transfer import adopt_parameters
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.hicmae import Both, Hicmae
@@ -118,8 +118,9 @@ class HicmaeClassifier(Hicmae):
         return 4 * self.width if self.branches == "both" else self.width
 
     def with_pretrained(self, fresh: Variables, given: Variables) -> Variables:
-        """`fresh` with the encoders of `given`. Raises UserError naming what does not fit."""
-        return Variables(adopt_parts(fresh.params, given.params, self.pretrained_parts), fresh.state)
+        """`fresh` with the encoders of `given`. Raises UserError listing what does not fit."""
+        new = tuple(name for name in fresh.params if name not in self.pretrained_parts)
+        return Variables(adopt_parameters(fresh.params, given.params, skip=new), fresh.state)
 
     def classify(self, params: Params, inputs: Both, draws: Both | None = None) -> tuple[jax.Array, jax.Array]:
         """The feature [B, 4D] (of one modality [B, D]) after its norm, and logits [B, K]; float32.

@@ -18,7 +18,7 @@ from maskae.errors import check_choice
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.flops import linear_flops
 from maskae.nn.heads import ProjectionHead
-from maskae.nn.transfer import adopt_parts
+from maskae.nn.transfer import adopt_parameters
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.tip import Tip, corrupted_rows, rows_of
 
@@ -62,8 +62,8 @@ class TipClassifier(Tip):
 
     def with_pretrained(self, fresh: Variables, given: Variables) -> Variables:
         """`fresh` with the encoders and the state of `given`. Raises UserError listing what does not fit."""
-        params = adopt_parts(fresh.params, given.params, ENCODERS)
-        return Variables(params, adopt_parts(fresh.state, given.state, tuple(fresh.state)))
+        params = adopt_parameters(fresh.params, given.params, skip=("head",))
+        return Variables(params, adopt_parameters(fresh.state, given.state, what="state"))
 
     def classify(self, params: Params, fused: jax.Array) -> jax.Array:
         """Fused class tokens [B, D] -> logits float32 [B, K]."""

@@ -93,6 +93,14 @@ SMALL_POINTS = (
     "train.batch_size=16",
 )
 
+SMALL_CLIPS = (
+    "data.source=spoken_digits:fsdd@16,4,32,16",
+    "data.max_examples=64",
+    "model.image_size=16",
+    "model.frames=4",
+    "model.spectrogram_size=(32,16)",
+    "model.width=16",
+)
 SMALL_CNN = (
     "data.image_size=16",
     "model.layers=(1,1)",
@@ -186,12 +194,7 @@ CASES: dict[str, Case] = {
     "hicmae": Case(
         "configs/hicmae.py:tiny",
         (
-            "data.source=spoken_digits:fsdd@16,4,32,16",
-            "data.max_examples=64",
-            "model.image_size=16",
-            "model.frames=4",
-            "model.spectrogram_size=(32,16)",
-            "model.width=16",
+            *SMALL_CLIPS,
             "model.depth=1",
             "model.heads=2",
             "model.levels=(1,)",
@@ -208,12 +211,7 @@ CASES: dict[str, Case] = {
     "hicmae_classifier": Case(
         "configs/hicmae_classifier.py:tiny",
         (
-            "data.source=spoken_digits:fsdd@16,4,32,16",
-            "data.max_examples=64",
-            "model.image_size=16",
-            "model.frames=4",
-            "model.spectrogram_size=(32,16)",
-            "model.width=16",
+            *SMALL_CLIPS,
             "model.heads=2",
             "model.decoder_width=16",
             "model.mixup=0.8",

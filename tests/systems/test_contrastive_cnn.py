@@ -139,9 +139,9 @@ def test_a_classifier_takes_the_encoder_and_its_statistics() -> None:
     jax.tree.map(np.testing.assert_array_equal, started.state["encoder"], given.state["encoder"])
     assert tuned.features(*started, BATCH)["logits"].shape == (4, 4)
     wider = dataclasses.replace(tuned, widths=(6,), stem_width=4)
-    with pytest.raises(UserError, match="does not fit: .* parameters differ, for example encoder/stage1_block0/conv1/kernel"):
+    with pytest.raises(UserError, match="does not fit; .* leaves differ: encoder/stage1_block0/conv1/kernel"):
         wider.with_pretrained(wider.init(KEY, BATCH), given)
-    with pytest.raises(UserError, match="there is no encoder among the pretrained parameters; there are head"):
+    with pytest.raises(UserError, match="encoder does not fit; .* leaves differ: encoder/.* missing there"):
         tuned.with_pretrained(fresh, fresh._replace(params={"head": {}}))
 
 

@@ -33,7 +33,7 @@ def test_it_takes_the_pretrained_encoders(fresh: Variables) -> None:
     jax.tree.map(np.testing.assert_array_equal, taken.params["head"], fresh.params["head"])
     jax.tree.map(np.testing.assert_array_equal, taken.state, STARTED.state)
     other = jax.eval_shape(Tip(**SMALL | {"table_width": 8}).init, jax.random.key(0), BATCH)
-    with pytest.raises(UserError, match="do not fit: .* for example fusion/"):
+    with pytest.raises(UserError, match="encoder does not fit; .* leaves differ: .*fusion/"):
         CLASSIFIER.with_pretrained(fresh, Variables(other.params, fresh.state))
 
 
