@@ -75,15 +75,10 @@ def adopt_parameters(own: dict[str, Any], given: dict[str, Any], skip: tuple[str
 
     Raises UserError listing every leaf that is missing in `given` or has another shape there; `what` names the tree.
     """
-    have, adopted, wrong = flatten_paths(given), {}, []
-    for path, leaf in flatten_paths(own).items():
-        value = have.get(path)
-        if path.split("/")[0] in skip:
-            adopted[path] = leaf
-        elif value is None or tuple(value.shape) != tuple(leaf.shape):
-            wrong.append(f"{path}: {'missing' if value is None else tuple(value.shape)} there, {tuple(leaf.shape)} here")
-        else:
-            adopted[path] = jnp.asarray(value, leaf.dtype)
+    have, need = flatten_paths(given), flatten_paths(own)
+    taken = [path for path in need if path.split("/")[0] not in skip]
+    shapes = {path: tuple(have[path].shape) if path in have else "missing" for path in taken}
+    wrong = [f"{path}: {shapes[path]} there, {tuple(need[path].shape)} here" for path in taken if shapes[path] != tuple(need[path].shape)]
     if wrong:
         raise UserError(f"the pretrained {what} does not fit; {len(wrong)} leaves differ: {'; '.join(wrong)}")
-    return unflatten_paths(adopted)
+    return unflatten_paths(need | {path: jnp.asarray(have[path], need[path].dtype) for path in taken})
