@@ -5,7 +5,8 @@
 
 Without `init_from` it is training from scratch. `--config.data.max_examples=100` keeps a part of the labels.
 
-`:tiny`    spoken digits with moving scans, both branches, 300 steps of 32.
+`:tiny`    spoken digits with moving scans, both branches, 300 steps of 32, 1.5 minutes on one core. UAR on 300 recordings, seeds 0 to 2:
+           from configs/hicmae.py:tiny of the same seed 0.950, 0.973, 0.970; from scratch 0.810, 0.743, 0.780.
 `:ravdess` eight emotions of acted speech, 1.6 seconds, the audio branch alone, 600 steps; other actors validate. It takes the audio encoder
            of the same pretraining run: positions are fixed, and the sound has as many mel bins.
 `:base`    CREMA-D, six emotions, with HiCMAE-B: 50 epochs of 56, layer decay 0.75, mixing, erasing, stochastic depth 0.1. Not run: the set
