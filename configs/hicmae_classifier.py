@@ -26,7 +26,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from maskae.config import load_module, set_duration
-from maskae.systems.hicmae_classifier import layer_scales
 
 pretraining = load_module(Path(__file__).with_name("hicmae.py"))
 VARIANTS = ("tiny", "ravdess", "base")
@@ -41,8 +40,8 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.model.num_classes = CLASSES[variant]
     config.optimizer.no_decay = ("vectors",)
     config.optimizer.schedule = "cosine"
-    scales = layer_scales(config.model.depth, config.model.fusion_depth, 0.75)
-    config.optimizer.arguments = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.05, "lr_scales": scales}
+    config.optimizer.layer_decay = 0.75
+    config.optimizer.arguments = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.05}
     config.evaluate.evaluators = {"recall": {}}
     if variant == "base":
         config.data.source = "clips:cremad@160,16,4,256,128"
@@ -60,6 +59,5 @@ def get_config(variant: str = "base") -> ConfigDict:
     if variant == "ravdess":
         config.data.source = "audio:ravdess_speech@160,32"
         config.model.update({"branches": "audio", "spectrogram_size": (160, 32)})
-        config.optimizer.arguments.lr_scales = tuple(pair for pair in scales if not pair[0].startswith("fusion"))
         set_duration(config.train, total_steps=600)
     return config

@@ -110,6 +110,8 @@ class Experiment:
             arguments["weight_decay"] = cosine_between(arguments.get("weight_decay", 0.0), end, self.total_steps)
         given = {"schedule": schedule, "no_decay": tuple(group.no_decay)}
         given["layer_decay"] = group.layer_decay if group.layer_decay != 1.0 else None
+        if given["layer_decay"] is not None and hasattr(self.system, "layer_scales"):
+            arguments["lr_scales"] = (*arguments.get("lr_scales", ()), *self.system.layer_scales(given.pop("layer_decay")))
         check_arguments(f"{key}.arguments", arguments, make_optimizer, {"name", *given})
         try:
             return make_optimizer(group.name, **given, **arguments)

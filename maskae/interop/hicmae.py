@@ -23,7 +23,7 @@ from maskae.paths import flatten_paths, unflatten_paths
 from maskae.schedules import make_schedule
 from maskae.systems.hicmae import Hicmae
 from maskae.systems.hicmae_arguments import MODALITIES
-from maskae.systems.hicmae_classifier import HicmaeClassifier, layer_scales
+from maskae.systems.hicmae_classifier import HicmaeClassifier
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FINETUNE = "finetune/"
@@ -262,7 +262,7 @@ def replay_classifier(case: Case, system: Hicmae, params: Any) -> dict[str, Repr
     feature, logits = jax.jit(lambda p: classifier.classify(p, inputs_of(case, system)[0]))(params)
     used = {name: value for name, value in params.items() if "decoder" not in name and "mask_token" not in name}
     decay = case.record["config"]["layer_decay"]
-    scales = lr_scale_tree(used, None, layer_scales(system.depth, system.fusion_depth, decay))
+    scales = lr_scale_tree(used, None, classifier.layer_scales(decay))
     decays = jax.tree.map(lambda decays: WEIGHT_DECAY * decays, decay_mask(used))
     spread = [official_names(jax.tree.map(lambda leaf, value: np.full(leaf.shape, value), used, each), system) for each in (scales, decays)]
     rows = np.asarray([[each[name].ravel()[0] for each in spread] for name in case.record["config_names"]])

@@ -40,6 +40,7 @@ class System(Protocol):
             frozen copies. `stage` (`maskae.stages.StageData`) gives all training records and the stages before.
         order(variables, batch_size, seed) -> the endless data order, `order[j]` a record (`maskae.data.pipeline.Order`), where it is not a
             new permutation per epoch; None keeps that.
+        layer_scales(decay) -> (pattern, factor) pairs of `optimizer.layer_decay`, where the blocks are not those of one encoder.
         train_flops(batch) where a training step is not three forward passes (a frozen part).
         couples_examples: True where the loss is not a mean over examples; gradients are then not accumulated.
     """

@@ -28,17 +28,6 @@ from maskae.systems.hicmae import Both, Hicmae
 from maskae.systems.hicmae_arguments import EPSILON, MODALITIES
 
 
-def layer_scales(depth: int, fusion_depth: int, decay: float) -> tuple[tuple[str, float], ...]:
-    """(pattern, factor) pairs of fine-tuning's layer decay, the optimizer's `lr_scales`.
-
-    Layer 0 are the embeddings, i the encoders' layer i, depth + j fusion layer j; everything else is one layer above and has the factor 1.
-    """
-    top = depth + fusion_depth + 1
-    encoders = [(rf"_encoder/block_{i}/", decay ** (top - 1 - i)) for i in range(depth)]
-    fusion = [(rf"fusion/.*_block_{i}/", decay ** (top - 1 - depth - i)) for i in range(fusion_depth)]
-    return ((r"_encoder/patch_embed/", decay**top), *encoders, *fusion)
-
-
 @dataclass(frozen=True)
 class HicmaeClassifier(Hicmae):
     """Arguments beside those of `HicmaeArguments`, of which those of masks, decoders and contrast are not read.
@@ -116,6 +105,17 @@ class HicmaeClassifier(Hicmae):
     def feature_width(self) -> int:
         """4 D of both modalities, D of one."""
         return 4 * self.width if self.branches == "both" else self.width
+
+    def layer_scales(self, decay: float) -> tuple[tuple[str, float], ...]:
+        """(pattern, factor) pairs of layer decay, the optimizer's `lr_scales`.
+
+        Layer 0 are the embeddings, i the encoders' layer i, depth + j fusion layer j; everything else is one layer above, factor 1.
+        """
+        depth, fused = max(self.sizes(modality)[0] for modality in self.used), self.fusion_depth if self.branches == "both" else 0
+        top = depth + self.fusion_depth + 1
+        encoders = [(rf"_encoder/block_{i}/", decay ** (top - 1 - i)) for i in range(depth)]
+        fusion = [(rf"fusion/.*_block_{i}/", decay ** (top - 1 - depth - i)) for i in range(fused)]
+        return ((r"_encoder/patch_embed/", decay**top), *encoders, *fusion)
 
     def with_pretrained(self, fresh: Variables, given: Variables) -> Variables:
         """`fresh` with the encoders of `given`. Raises UserError listing what does not fit."""

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskae.config import load_config
 from maskae.errors import UserError
+from maskae.experiment import assumed_sources, build
 from maskae.optim import lr_scale_tree
 from maskae.paths import flatten_paths
 from maskae.systems.contract import System, Variables
-from maskae.systems.hicmae_classifier import HicmaeClassifier, layer_scales
+from maskae.systems.hicmae_classifier import HicmaeClassifier
+from tests.systems.cases import ROOT
 from tests.systems.test_hicmae import BATCH, PARAMS, SMALL
 from tests.systems.test_mae import count, dot_flops
 
@@ -97,11 +100,24 @@ def test_the_loss_trains_every_part_and_stochastic_depth_changes_it(fresh: Varia
 
 
 def test_deeper_layers_learn_faster(fresh: Variables) -> None:
-    scales = flatten_paths(lr_scale_tree(fresh.params, None, layer_scales(2, 1, 0.5)))
+    scales = flatten_paths(lr_scale_tree(fresh.params, None, CLASSIFIER.layer_scales(0.5)))
     expected = {"video_encoder/patch_embed/kernel": 2**-4, "audio_encoder/block_0/mlp/fc1/kernel": 2**-3}
     expected |= {"video_encoder/block_1/norm1/scale": 2**-2, "fusion/audio_block_0/norm1/scale": 0.5}
     expected |= {"fusion/video_norm/scale": 1, "head/kernel": 1}
     assert {path: scales[path] for path in expected} == pytest.approx(expected)
+
+
+def test_layer_decay_follows_the_models_depth() -> None:
+    """The recipe's `optimizer.layer_decay` reaches the update rule, for one branch and another depth than the recipe's."""
+    overrides = ["model.depth=4", "model.width=8", "model.heads=2", "data.source=audio:none@160,32", "data.examples=8"]
+    config = load_config(str(ROOT / "configs" / "hicmae_classifier.py") + ":ravdess", overrides)
+    experiment = build(config, assumed_sources(config))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), experiment.abstract_state["params"])
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = experiment.optimizer.update(ones, experiment.optimizer.init(params), params, 100)
+    moved = {path: float(jnp.abs(leaf).max()) for path, leaf in flatten_paths(updates).items()}
+    for path, layers in (("audio_encoder/patch_embed/kernel", 6), ("audio_encoder/block_3/mlp/fc1/kernel", 2), ("fc_norm/bias", 0)):
+        assert moved[path] / moved["head/kernel"] == pytest.approx(0.75**layers), path
 
 
 def test_flops_by_formula_are_those_of_the_trace(fresh: Variables) -> None:
