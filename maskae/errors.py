@@ -36,6 +36,12 @@ def check_arguments(name: str, arguments: Iterable[str], function: Callable[...,
             raise UserError(f"{name} has no argument '{word}'{nearest(word, known)}; there are {', '.join(known)}")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raises UserError unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise UserError(f"{name}={value}: must be in [0, 1)")
+
+
 def check_heads(name: str, width: int, heads: int) -> None:
     """Raises UserError where `heads` do not divide the width called `name`."""
     if width % heads:

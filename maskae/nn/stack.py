@@ -52,6 +52,14 @@ def drop_path_rates(rate: float, depth: int) -> jax.Array:
     return jnp.linspace(0.0, rate, depth)
 
 
+def drop_path_draws(key: jax.Array, example: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform draws float32 [*shape, B] of stochastic depth, those of row i from `fold_in(key, example[i])`; `example` int32 [B].
+
+    `shape` is (depth, 2) for the two branches of transformer blocks.
+    """
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), shape), out_axes=-1)(example)
+
+
 def run_blocks(
     module: nn.Module,
     blocks: Sequence[nn.Module],

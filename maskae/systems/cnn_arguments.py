@@ -9,21 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, check_choice
+from maskae.errors import UserError, check_choice, check_share
 from maskae.nn import augmentations, convnext, resnet
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.layers import DTYPES
 from maskae.nn.resnet import Pyramid
+from maskae.nn.stack import drop_path_draws
 from maskae.systems.contract import Batch, Params, State, Variables
 
 NETWORKS = (*resnet.SIZES, *convnext.SIZES)
 Network = resnet.ResNet | convnext.ConvNeXt
-
-
-def check_share(name: str, value: float) -> None:
-    """Raises UserError unless 0 <= value < 1."""
-    if not 0 <= value < 1:
-        raise UserError(f"{name}={value} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ class CnnArguments:
         if not self.drop_path:
             return None
         depth = sum(self.backbone.layers)
-        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i), (depth,)), out_axes=1)(example)
+        return drop_path_draws(rng, example, (depth,))
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Of the last map, with running statistics: `pooled` [B, D], its mean over positions, and `tokens` [B, h*w, D]; float32."""

@@ -197,19 +197,27 @@ class HicmaeArguments:
         params["fusion"] = self.fusion.init(rng, tokens, tokens)["params"]
         return Variables(params, {})
 
+    def encoding_flops(self, seen: dict[str, int]) -> float:
+        """Embedding of all patches of the modalities in `seen`, their encoders on so many tokens, and fusion where there are both."""
+        total = 0.0
+        for modality, count in seen.items():
+            total += linear_flops(self.tokens(modality), self.values(modality), self.width)
+            total += self.sizes(modality)[0] * block_flops(count, self.width, self.mlp_ratio)
+            for other in seen.keys() - {modality}:
+                fused = cross_block_flops(count, seen[other], self.width, 0) + block_flops(count, self.width, self.mlp_ratio)
+                total += self.fusion_depth * fused
+        return total
+
     def forward_flops(self, batch: Batch) -> float:
         """Embedding of all patches, encoders and fusion on visible tokens, decoders on all; 30 GFLOP for HiCMAE-B.
 
         The products of all pairs of a contrastive group are not of an example and are left out.
         """
-        total, seen = 0.0, {modality: self.visible(modality) for modality in MODALITIES}
-        for modality, other in zip(MODALITIES, reversed(MODALITIES), strict=True):
-            every, visible, values = self.tokens(modality), seen[modality], self.values(modality)
-            width, depth, _ = self.decoder_sizes(modality)
-            total += linear_flops(every, values, self.width)
-            total += self.sizes(modality)[0] * block_flops(visible, self.width, self.mlp_ratio)
-            fused = cross_block_flops(visible, seen[other], self.width, 0) + block_flops(visible, self.width, self.mlp_ratio)
-            total += self.fusion_depth * fused + depth * linear_flops(visible, self.width, width)
-            total += depth * block_flops(every, width, self.mlp_ratio)
-            total += (depth - 1) * cross_block_flops(every, visible, width, 0) + linear_flops(every - visible, width, values)
+        seen = {modality: self.visible(modality) for modality in MODALITIES}
+        total = self.encoding_flops(seen)
+        for modality, visible in seen.items():
+            every, (width, depth, _) = self.tokens(modality), self.decoder_sizes(modality)
+            total += depth * linear_flops(visible, self.width, width) + depth * block_flops(every, width, self.mlp_ratio)
+            total += (depth - 1) * cross_block_flops(every, visible, width, 0)
+            total += linear_flops(every - visible, width, self.values(modality))
         return total

@@ -15,12 +15,13 @@ import numpy as np
 
 from maskae.data.device import flip, mixup_cutmix, random_erasing
 from maskae.data.spec import DataSpec
-from maskae.errors import UserError, check_choice
+from maskae.errors import UserError, check_choice, check_share
 from maskae.keys import purpose_key
 from maskae.losses.classification import label_smoothing_cross_entropy, soft_target_cross_entropy
 from maskae.nn.audio_visual import LayerSum
-from maskae.nn.flops import block_flops, cross_block_flops, linear_flops
+from maskae.nn.flops import linear_flops
 from maskae.nn.layers import LayerNorm, xavier
+from maskae.nn.stack import drop_path_draws
 from maskae.nn.transfer import adopt_parameters
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
@@ -63,8 +64,7 @@ class HicmaeClassifier(Hicmae):
         super().__post_init__()
         check_choice("branches", self.branches, ("both", *MODALITIES))
         for name, value in (("drop_path", self.drop_path), ("label_smoothing", self.label_smoothing), ("erase", self.erase)):
-            if not 0 <= value < 1:
-                raise UserError(f"{name}={value}: must be in [0, 1)")
+            check_share(name, value)
         if self.branches == "audio" and (self.flip or self.erase or self.mixes):
             raise UserError("branches=audio: flip, erase, mixup and cutmix change clips, of which there are none; set them to False and 0")
 
@@ -162,7 +162,10 @@ class HicmaeClassifier(Hicmae):
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """Cross-entropy with mixed or smoothed labels. `accuracy` counts each example's own label; where clips are mixed it stays low."""
         inputs, soft = self.augmented(self.inputs(batch), batch, rng)
-        draws = {each: self.draws(each, batch["example"], purpose_key(rng, each)) for each in self.used} if self.drop_path else None
+        draws = None
+        if self.drop_path:
+            shapes = {each: (self.sizes(each)[0], 2) for each in self.used}
+            draws = {each: drop_path_draws(purpose_key(rng, each), batch["example"], shape) for each, shape in shapes.items()}
         _, logits = self.classify(params, inputs, draws)
         if soft is not None:
             loss = soft_target_cross_entropy(logits, soft)
@@ -170,11 +173,6 @@ class HicmaeClassifier(Hicmae):
             loss = label_smoothing_cross_entropy(logits, batch["label"], self.label_smoothing)
         accuracy = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()
         return loss, Outputs({"accuracy": accuracy}, state)
-
-    def draws(self, modality: str, example: jax.Array, key: jax.Array) -> jax.Array:
-        """Uniform draws float32 [depth, 2, B] of a modality's stochastic depth."""
-        shape = (self.sizes(modality)[0], 2)
-        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), shape), out_axes=2)(example)
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """`pooled` [B, 4D] (of one modality [B, D]), what the head sees, and `logits` [B, K]; float32."""
@@ -188,11 +186,4 @@ class HicmaeClassifier(Hicmae):
     def forward_flops(self, batch: Batch) -> float:
         """Encoders and fusion on all tokens, and the head."""
         every = {modality: self.tokens(modality) for modality in self.used}
-        total = linear_flops(1, self.feature_width, self.num_classes)
-        for modality, count in every.items():
-            total += linear_flops(count, self.values(modality), self.width)
-            total += self.sizes(modality)[0] * block_flops(count, self.width, self.mlp_ratio)
-            for other in set(every) - {modality}:
-                crossed = cross_block_flops(count, every[other], self.width, 0) + block_flops(count, self.width, self.mlp_ratio)
-                total += self.fusion_depth * crossed
-        return total
+        return self.encoding_flops(every) + linear_flops(1, self.feature_width, self.num_classes)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from maskae.errors import UserError
+from maskae.errors import check_share
 from maskae.losses.classification import label_smoothing_cross_entropy, soft_target_cross_entropy
 from maskae.nn.flops import linear_flops
 from maskae.nn.layers import LayerNorm
+from maskae.nn.stack import drop_path_draws
 from maskae.nn.transfer import adopt_encoder
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
@@ -48,8 +49,7 @@ class FineTune(ViTArguments):
         """Refuse what cannot work before anything is built."""
         super().__post_init__()
         for name, value in (("drop_path", self.drop_path), ("label_smoothing", self.label_smoothing)):
-            if not 0 <= value < 1:
-                raise UserError(f"{name}={value}: must be in [0, 1)")
+            check_share(name, value)
 
     @property
     def encoder(self) -> ViTEncoder:
@@ -95,10 +95,7 @@ class FineTune(ViTArguments):
 
         `accuracy` counts the label of each image itself; under mixup, whose images show two, it stays low.
         """
-        draws = None
-        if self.drop_path:
-            each = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i), (self.droppable, 2)))(batch["example"])
-            draws = each.transpose(1, 2, 0)  # [blocks, 2, B]
+        draws = drop_path_draws(rng, batch["example"], (self.droppable, 2)) if self.drop_path else None  # [blocks, 2, B]
         logits = self.forward(params, batch["image"], draws)["logits"]
         if "soft_label" in batch:
             loss = soft_target_cross_entropy(logits, batch["soft_label"])

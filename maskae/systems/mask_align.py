@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, check_choice
+from maskae.errors import UserError, check_choice, check_share
 from maskae.losses.mimicry import DISTANCES, TARGETS, feature_distance, normalise_features
 from maskae.masking import draw_exponentials, draw_noise, keep_count, random_mask, take_tokens, weighted_noise
 from maskae.nn.adaptors import ADAPTORS, Adaptor
 from maskae.nn.attention_maps import shade_patches
 from maskae.nn.sharding import constrain
+from maskae.nn.stack import drop_path_draws
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.teacher import Teacher, make_teacher
@@ -88,8 +89,7 @@ class MaskAlign(ViTArguments):
         check_choice("adaptor", self.adaptor, ADAPTORS)
         check_choice("target", self.target, TARGETS)
         check_choice("distance", self.distance, DISTANCES)
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"drop_path={self.drop_path}: must be in [0, 1)")
+        check_share("drop_path", self.drop_path)
         depth = self.frozen.depth
         if self.fusion != "sum" and depth != self.depth:
             layers = f"{self.depth} student and {depth} teacher layers"
@@ -196,10 +196,7 @@ class MaskAlign(ViTArguments):
     def loss(self, params: Params, state: State, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Outputs]:
         """The distance to the teacher on kept patches and CLS. `trivial_loss` is that of adaptors that give zero."""
         mask_key, drop_key = jax.random.split(rng)
-        drop_draws = None
-        if self.drop_path:
-            each = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(drop_key, i), (self.depth, 2)))(batch["example"])
-            drop_draws = each.transpose(1, 2, 0)  # [depth, 2, B]
+        drop_draws = drop_path_draws(drop_key, batch["example"], (self.depth, 2)) if self.drop_path else None  # [depth, 2, B]
         named = self.forward(params, state, batch["image"], self.draws(batch["image"], batch["example"], mask_key), drop_draws)
         trivial = self.distances(jax.tree.map(jnp.zeros_like, named["target"]), named["target"])
         return self.distances(named["student"], named["target"]), Outputs({"trivial_loss": trivial}, state)

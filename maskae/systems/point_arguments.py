@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, check_choice, check_heads
+from maskae.errors import UserError, check_choice, check_heads, check_share
 from maskae.nn.augmentations import each
 from maskae.nn.flops import block_flops, linear_flops
 from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES
@@ -62,8 +62,7 @@ class PointArguments:
             raise UserError(f"groups={self.groups} of group_size={self.group_size} points: both must be at least 1")
         if len(self.token_widths) != 3 or min(self.token_widths) < 1:
             raise UserError(f"token_widths={self.token_widths}: want three widths")
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"drop_path={self.drop_path}: must be in [0, 1)")
+        check_share("drop_path", self.drop_path)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] or self.shift < 0:
             raise UserError(f"scale={self.scale}, shift={self.shift}: want factors 0 < low <= high and a shift from 0 on")
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskae.errors import UserError, check_choice
+from maskae.errors import UserError, check_choice, check_share
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.augmentations import each
 from maskae.nn.batch_norm import STATISTICS, BatchNorm
@@ -81,8 +81,7 @@ class PointClassifier(PointArguments):
         """Refuse what cannot work before anything is built."""
         super().__post_init__()
         check_choice("head", self.head, HEADS)
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout}: must be in [0, 1)")
+        check_share("dropout", self.dropout)
         if self.points < max(self.groups, self.group_size):
             raise UserError(f"points={self.points} are too few for groups={self.groups} of group_size={self.group_size}")
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from maskae.data.columns import Columns
-from maskae.errors import UserError, check_choice, check_heads
+from maskae.errors import UserError, check_choice, check_heads, check_share
 from maskae.nn.flops import linear_flops
 from maskae.nn.heads import ProjectionHead
 from maskae.nn.tables import CellPredictor, FusionEncoder, TableEncoder
 from maskae.nn.views import view_called
-from maskae.systems.cnn_arguments import CnnArguments, check_share
+from maskae.systems.cnn_arguments import CnnArguments
 from maskae.systems.contract import Batch, State, Variables
 
 TABLE, MISSING = "table", "table_missing"
