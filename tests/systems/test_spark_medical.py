@@ -119,7 +119,7 @@ def test_features_and_panels() -> None:
         ({"decoder_width": 12}, "decoder_width=12 does not halve 3 times"),
         ({"densify_norm": "bm"}, "unknown densify_norm 'bm'"),
         ({"mean": (0.1, 0.2)}, "mean has 2 values for images of 1 channels"),
-        ({"drop_path": 1.0}, "drop_path=1.0 must be at least 0"),
+        ({"drop_path": 1.0}, "drop_path=1.0: must be in [[]0, 1[)]"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
