@@ -13,7 +13,8 @@
           with 40 times its weight (one seed each); trained by the contrast alone, all clips' pooled tokens had cosines above 0.99 there.
 `:fight`  155 surveillance clips with sound, fight or none, 40 % held out. Not run.
 `:base`   HiCMAE-B on VoxCeleb2's 1.09 million talking faces, 100 epochs: 9.9e18 FLOP, 5 days on 4 V100 in the paper. The clips
-          must lie as files of 160 x 160 pixels (rows 0 to 159, columns 32 to 191 of the 224 x 224 ones), their sound as WAV beside them.
+          must lie as files of 160 x 160 pixels (rows 0 to 159, columns 32 to 191 of the 224 x 224 ones), their sound as WAV beside them
+          or inside of them.
           Not run; it compiles for 16 v5e chips (3.8 GiB on each, 90.8 GFLOP per example, memory binds).
           `:small` HiCMAE-S. The paper, fine-tuned (WAR): CREMA-D 84.89, MAFW 56.17; configs/hicmae_classifier.py fine-tunes.
 """

@@ -1,6 +1,7 @@
 """Recordings as log-mel spectrograms: `audio:FOLDER@LENGTH,BINS` gives `spectrogram` float32 [LENGTH, BINS], 10 ms a row.
 
-    FOLDER/audio.zip or FOLDER/audio/   sound files: 16-bit WAV without further libraries, FLAC, Vorbis and MP3 through soundfile
+    FOLDER/audio.zip or FOLDER/audio/   sound files: 16-bit WAV without further libraries, FLAC, Vorbis and MP3 through soundfile, the
+                                        sound of MP4, WebM, Matroska, QuickTime and AAC through PyAV (the extra `video`)
     FOLDER/labels.csv                   the column file, and where there are such: label or digit (from 0 on), class or emotion, split
 
 Records whose split is `train` train, those of any other split validate; without the column val_percent of each label are held out.
@@ -31,6 +32,7 @@ from maskae.errors import UserError, nearest
 RATE = 16_000
 SPECTROGRAM, TABLE = "spectrogram", "labels.csv"
 LABEL_COLUMNS, CLASS_COLUMNS = ("label", "digit"), ("class", "emotion")
+CONTAINERS = (".mp4", ".m4a", ".aac", ".mov", ".mkv", ".webm", ".avi")
 GAIN_BETA = 10.0
 KEPT = 2048  # decoded recordings held in memory by each process
 
@@ -75,6 +77,8 @@ def decode_sound(data: bytes, file: str) -> tuple[np.ndarray, int]:
         except (wave.Error, EOFError) as error:
             raise BadRecord(f"{file}: {error}") from error
         return (samples.reshape(-1, channels).astype(np.float32) / 32768).mean(1), rate
+    if file.lower().endswith(CONTAINERS):
+        return sound_of_container(data, file)
     try:
         import soundfile
     except ImportError as error:
@@ -84,6 +88,25 @@ def decode_sound(data: bytes, file: str) -> tuple[np.ndarray, int]:
     except RuntimeError as error:
         raise BadRecord(f"{file}: {error}") from error
     return samples.mean(1), int(rate)
+
+
+def sound_of_container(data: bytes, file: str) -> tuple[np.ndarray, int]:
+    """As `decode_sound`, of the first sound track of a file that may hold pictures too."""
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"{file}: install PyAV to read sound out of such files (pip install -e '.[video]')") from error
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            if not container.streams.audio:
+                raise BadRecord(f"{file} has no sound")
+            plain = av.AudioResampler(format="fltp")
+            frames = [part for frame in container.decode(audio=0) for part in plain.resample(frame)]
+    except (av.FFmpegError, ValueError) as error:
+        raise BadRecord(f"{file}: {error}") from error
+    if not frames:
+        raise BadRecord(f"{file}: no sound can be decoded")
+    return np.concatenate([frame.to_ndarray() for frame in frames], axis=1).mean(0), frames[0].sample_rate
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:

@@ -2,8 +2,9 @@
 `spectrogram` float32 [LENGTH, BINS] of the same time.
 
     FOLDER/video.zip or FOLDER/video/   clips that OpenCV reads
-    FOLDER/audio.zip or FOLDER/audio/   their sound in files of the same names with other endings (see `maskae.data.audio`)
-    FOLDER/labels.csv                   as for `audio:`; the clips without a sound file are left out
+    FOLDER/audio.zip or FOLDER/audio/   their sound in files of the same names with other endings (see `maskae.data.audio`); where there
+                                        is neither, the clips' own sound
+    FOLDER/labels.csv                   as for `audio:`; where sound is in files of its own, the clips without one are left out
 
 Frames are cut to a square around their centre and resized to SIDE. Training reads a random window in time and a random part of the frames,
 at the gain of `audio:`; evaluation reads the middle. The sound runs one stride past the last frame (HiCMAE, Sun et al. 2024).
@@ -134,7 +135,8 @@ def open_clips(arguments: SourceArguments) -> Source:
     side, frames, _, length, bins = numbers
     folder = replace(arguments, path=path).resolve("folder")
     videos = Store.find(folder, "video", arguments.name)
-    sounds = Store.find(folder, "audio", arguments.name)
+    own_sound = not any((folder / each).exists() for each in ("audio.zip", "audio"))
+    sounds = videos if own_sound else Store.find(folder, "audio", arguments.name)
     by_stem = {PurePosixPath(file).stem: file for file in sounds.files(arguments.name)}
     rows = [row for row in read_rows(folder, arguments.name) if PurePosixPath(row["file"]).stem in by_stem]
     if not rows:

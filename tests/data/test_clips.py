@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import wave
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
 
-from maskae.data.audio import samples_of
+from maskae.data.audio import Store, read_sound, samples_of
 from maskae.data.clips import draw_crop
 from maskae.data.sources import open_source
+from maskae.data.spec import BadRecord
 from maskae.data.spectrogram import FLOOR, fit_length, log_mel, normalise_spectrogram, speech_input
 from maskae.errors import UserError
 
@@ -81,6 +84,51 @@ def test_clips_are_pairs_of_one_window(folder: Path) -> None:
     drawn = [source.sample(0, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(drawn[0]["video"], drawn[1]["video"])
     assert not np.array_equal(drawn[0]["spectrogram"], drawn[2]["spectrogram"])
+
+
+def write_clip(path: Path, waveform: np.ndarray) -> None:
+    """An MP4 of 20 grey frames and, where there are samples at 8 kHz, two channels of sound, the second half as loud."""
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream("mpeg4", rate=int(FRAME_RATE))
+        pictures.width, pictures.height = 24, 16
+        track = container.add_stream("aac", rate=8000, layout="stereo") if len(waveform) else None
+        for _ in range(20):
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.full((16, 24, 3), 90, np.uint8))))
+        container.mux(pictures.encode())
+        if track is None:
+            return
+        for begin in range(0, len(waveform), 1024):
+            both = np.stack([waveform[begin : begin + 1024], waveform[begin : begin + 1024] / 2]).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(both, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = 8000, begin
+            container.mux(track.encode(frame))
+        container.mux(track.encode())
+
+
+def test_clips_without_sound_files_bring_their_own_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = tmp_path / "set" / "video"
+    videos.mkdir(parents=True)
+    time = np.arange(16_000) / 8000
+    write_clip(videos / "a.mp4", np.sin(2 * np.pi * 440 * time) * (time >= 1) * 0.5)
+    write_clip(videos / "mute.mp4", np.zeros(0))
+    (tmp_path / "set" / "labels.csv").write_text("file,words\na.mp4,one\nmute.mp4,two\n")
+    heard = read_sound(Store(videos), "a.mp4")
+    assert len(heard) == pytest.approx(32_000, abs=2400)  # at 16 kHz, up to a packet at each end
+    np.testing.assert_allclose(heard[20_000:30_000].std(), 0.75 * 0.5 / np.sqrt(2), rtol=0.02)
+    assert np.abs(heard[2000:14_000]).max() < 0.02
+    source = open_source("clips:set@8,5,2,96,16", "train", root=str(tmp_path), channels=0, val_percent=0.0)
+    record = source[0]
+    assert len(source) == 2 and record["label"] == -1
+    loudness = record["spectrogram"].mean(1)
+    assert loudness[60:].min() > loudness[:40].max()
+    with pytest.raises(BadRecord, match="mute.mp4 has no sound"):
+        source[1]
+    (videos / "broken.mp4").write_bytes(b"nothing of the kind")
+    with pytest.raises(BadRecord, match="broken.mp4"):
+        read_sound(Store(videos), "broken.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match="install PyAV"):
+        read_sound(Store(videos), "mute.mp4")
 
 
 def test_recordings_alone_at_another_rate(folder: Path) -> None:
