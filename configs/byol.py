@@ -25,8 +25,8 @@ def get_config(variant: str = "base") -> ConfigDict:
     study.data_of(config, variant)
     study.evaluation_of(config, variant)
     config.model = study.network_of(config, variant)
-    config.model.views = "ct" if variant in ("tiny", "base") else "natural"
-    if variant in ("tiny", "natural"):
+    config.model.views = "ct" if variant in study.MEDICAL else "natural"
+    if variant in study.SMALL:
         study.small_run(config, variant)
         config.model.update({"hidden": 128, "outputs": 32, "momentum": 0.99, "total_steps": config.train.total_steps})
         return config

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from maskae.config import default_config, load_module, set_duration
 
 study = load_module(Path(__file__).with_name("spark_medical.py"))
-VARIANTS = ("tiny", "natural", "base")
-CLASSES = {"tiny": 32, "natural": 101, "base": 11}
+VARIANTS = (*study.SMALL, "base")
+CLASSES = {"tiny": 32, "chest": 2, "natural": 101, "base": 11}
 
 
 def get_config(variant: str = "base") -> ConfigDict:
@@ -39,7 +39,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     set_duration(config.optimizer, warmup_epochs=0.0)
     config.evaluate.evaluators = {"accuracy": {}}
     waiting = {"schedule": "unfreeze", "warmup_epochs": 10.0}
-    if variant in ("tiny", "natural"):
+    if variant in study.SMALL:
         set_duration(config.train, total_steps=300)
         config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64
         waiting = {"schedule": "unfreeze", "warmup_steps": 30.0}

@@ -25,9 +25,9 @@ def get_config(variant: str = "base") -> ConfigDict:
     study.data_of(config, variant)
     study.evaluation_of(config, variant)
     config.model = study.network_of(config, variant)
-    config.model.views = "ct" if variant in ("tiny", "base") else "natural"
+    config.model.views = "ct" if variant in study.MEDICAL else "natural"
     config.model.mlp_head = True
-    if variant in ("tiny", "natural"):
+    if variant in study.SMALL:
         # A queue of 1,024 keys that follow the encoder more closely: 400 steps are no time for 65,536 and 0.999.
         config.model.update({"outputs": 32, "queue": 1024, "momentum": 0.99})
         study.small_run(config, variant)

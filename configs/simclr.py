@@ -22,8 +22,8 @@ def get_config(variant: str = "base") -> ConfigDict:
     study.data_of(config, variant)
     study.evaluation_of(config, variant)
     config.model = study.network_of(config, variant)
-    config.model.views = "ct" if variant in ("tiny", "base") else "natural"
-    if variant in ("tiny", "natural"):
+    config.model.views = "ct" if variant in study.MEDICAL else "natural"
+    if variant in study.SMALL:
         config.model.update({"hidden": 64, "outputs": 32})
         study.small_run(config, variant)
         return config

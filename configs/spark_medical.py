@@ -44,7 +44,14 @@ from ml_collections import ConfigDict
 
 from maskae.config import default_config, set_duration
 
-VARIANTS = ("tiny", "natural", "base", "imagenet")
+# Small runs on: source, side of the pictures, channels, mean and deviation of their values, steps.
+SMALL: dict[str, tuple[str, int, int, float, float, int]] = {
+    "tiny": ("organs:ct_volumes/volumes.npz#ct_abdomen", 32, 1, 0.42, 0.19, 400),
+    "chest": ("table_images:covid_cxr@finding=COVID-19*:age", 64, 1, 0.52, 0.23, 300),
+    "natural": ("archive:caltech101", 32, 3, 0.5, 0.27, 600),
+}
+VARIANTS = (*SMALL, "base", "imagenet")
+MEDICAL = ("tiny", "chest", "base")
 
 # Mean and deviation of LIDC's slices as the study's contrastive code has them; SparK's keeps ImageNet's.
 CT_MEAN, CT_STD = (0.1806,), (0.1907,)
@@ -58,12 +65,10 @@ def data_of(config: ConfigDict, variant: str) -> None:
     data = config.data
     data.statistics = "unit"
     data.flip = False
-    if variant in ("tiny", "natural"):
-        data.source = "organs:ct_volumes/volumes.npz#ct_abdomen" if variant == "tiny" else "archive:caltech101"
-        data.image_size = 32
-        data.channels = 1 if variant == "tiny" else 3
+    if variant in SMALL:
+        data.source, data.image_size, data.channels, *_ = SMALL[variant]
         data.cache = "ram"
-        data.train_transform = data.val_transform = (("resize_center_crop", {"resize": 32}),)
+        data.train_transform = data.val_transform = (("resize_center_crop", {"resize": data.image_size}),)
     else:
         data.source = "folder:lidc_slices" if variant == "base" else "tfds:imagenet2012"
         data.examples = LIDC_SLICES if variant == "base" else IMAGENET_IMAGES
@@ -73,9 +78,9 @@ def data_of(config: ConfigDict, variant: str) -> None:
 def network_of(config: ConfigDict, variant: str) -> dict[str, Any]:
     """The encoder of a variant, the same for every method."""
     model: dict[str, Any] = {"image_size": config.data.get_ref("image_size"), "channels": config.data.get_ref("channels")}
-    if variant in ("tiny", "natural"):
-        statistics = {"mean": (0.42,), "std": (0.19,)} if variant == "tiny" else {"mean": (0.5,), "std": (0.27,)}
-        return model | {"network": "resnet18", "layers": (1, 1), "widths": (32, 64), "stem_width": 16} | statistics
+    if variant in SMALL:
+        *_, mean, std, _ = SMALL[variant]
+        return model | {"network": "resnet18", "layers": (1, 1), "widths": (32, 64), "stem_width": 16, "mean": (mean,), "std": (std,)}
     return model | {"network": "resnet50", "dtype": "bfloat16"} | IMAGENET
 
 
@@ -84,7 +89,7 @@ def evaluation_of(config: ConfigDict, variant: str) -> None:
     config.evaluate.evaluators = {"label_fractions": {}, "knn": {}}
     if variant == "base":
         config.evaluate.evaluators = {"rank": {}}  # LIDC's slices have no labels
-    if variant not in ("tiny", "natural"):
+    if variant not in SMALL:
         config.evaluate.max_examples = 20_000
         set_duration(config.evaluate, every_epochs=100.0)
         set_duration(config.checkpoint, every_epochs=1.0)
@@ -93,7 +98,7 @@ def evaluation_of(config: ConfigDict, variant: str) -> None:
 def small_run(config: ConfigDict, variant: str) -> None:
     """Length and optimizer of a small run, the same for every contrastive method."""
     config.train.batch_size = 64
-    set_duration(config.train, total_steps=400 if variant == "tiny" else 600)
+    set_duration(config.train, total_steps=SMALL[variant][-1])
     config.optimizer.name = "adam"
     config.optimizer.base_learning_rate = 4e-3  # 1e-3 at batch 64
     set_duration(config.optimizer, warmup_percent=10.0)
@@ -105,7 +110,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.system = "spark_medical"
     data_of(config, variant)
     evaluation_of(config, variant)
-    small = variant in ("tiny", "natural")
+    small = variant in SMALL
     config.model = network_of(config, variant) | {"mask_ratio": 0.6, "decoder_width": 32 if small else 768}
     config.model.update({"drop_path": 0.0 if small else 0.05, "zero_last": True})
     config.data.train_transform = (("random_resized_crop", {"scale": (0.67, 1.0)}),)

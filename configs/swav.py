@@ -24,8 +24,8 @@ def get_config(variant: str = "base") -> ConfigDict:
     study.data_of(config, variant)
     study.evaluation_of(config, variant)
     config.model = study.network_of(config, variant)
-    config.model.views = "ct_swav" if variant in ("tiny", "base") else "natural"
-    if variant in ("tiny", "natural"):
+    config.model.views = "ct_swav" if variant in study.MEDICAL else "natural"
+    if variant in study.SMALL:
         config.model.update({"hidden": 64, "outputs": 32, "prototypes": 64, "small_crops": 2, "small_size": 16, "freeze_prototypes": 40})
         study.small_run(config, variant)
         return config
