@@ -27,7 +27,8 @@ from tests.test_train import SMALL
 
 def staged(*overrides: str) -> Any:
     """A config of two stages: an MAE, then the same from its weights at another rate."""
-    config = load_config("configs/mae.py:tiny", SMALL)
+    quiet = ("evaluate.evaluators={}", "evaluate.baselines=false", "evaluate.panels=0")
+    config = load_config("configs/mae.py:tiny", [*SMALL, *quiet])
     with config.unlocked():
         config.stages = ("first", "second")
         config.stage = {
