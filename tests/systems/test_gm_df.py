@@ -190,10 +190,12 @@ def test_the_loss_is_the_sum_of_its_parts_and_its_gradient_that_of_differences()
     parts = found["classification_loss"] + found["meta_test_loss"] + 0.3 * found["alignment_loss"]
     assert float(loss) == pytest.approx(parts, rel=1e-5)
     assert found["gradient_norm_inner"] > 1e-3
-    way = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size + 1), x.shape), PARAMS)
+    start, draws = jax.device_get(PARAMS), np.random.default_rng(0)
+    way = jax.tree.map(lambda x: draws.normal(size=x.shape).astype(np.float32), start)
     step = 2e-3
-    up, down = (loss_and_gradient(jax.tree.map(lambda x, d, s=sign: x + s * step * d, PARAMS, way))[0][0] for sign in (1, -1))
-    predicted = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
+    up, down = (loss_and_gradient(jax.tree.map(lambda x, d, s=sign: x + s * step * d, start, way))[0][0] for sign in (1, -1))
+    leaves = zip(jax.tree.leaves(jax.device_get(gradient)), jax.tree.leaves(way), strict=True)
+    predicted = sum(float((g * d).sum()) for g, d in leaves)
     assert float(up - down) / (2 * step) == pytest.approx(predicted, rel=2e-2)
 
 

@@ -113,7 +113,7 @@ def test_permuting_the_kept_tokens_permutes_the_outputs() -> None:
 
 def test_loss_is_that_of_the_removed_patches_and_is_near_its_trivial_value_at_the_start() -> None:
     loss, outputs = jax.jit(lambda p: MAE.loss(p, {}, BATCH, jax.random.key(2), jnp.int32(0)))(PARAMS)
-    named = MAE.forward(PARAMS, BATCH["image"], NOISE)
+    named = jax.jit(MAE.forward)(PARAMS, BATCH["image"], NOISE)
     removed = np.asarray(named["mask"]) > 0
     expected = np.mean((np.asarray(named["pred"]) - np.asarray(MAE.target(BATCH["image"])))[removed] ** 2)
     assert loss.dtype == jnp.float32
@@ -198,11 +198,12 @@ def test_features_are_float32_pooled_as_asked_and_need_no_decoder(pool: str) -> 
 
 def test_other_and_oblong_sizes_work() -> None:
     batch = {"image": jnp.zeros((2, 8, 24, 3)), "example": jnp.arange(2)}
-    assert MAE.features(PARAMS, {}, batch)["tokens"].shape == (2, 12, 16)
-    assert bool(jnp.isfinite(MAE.loss(PARAMS, {}, batch, jax.random.key(0), jnp.int32(0))[0]))
+    assert jax.eval_shape(lambda: MAE.features(PARAMS, {}, batch))["tokens"].shape == (2, 12, 16)
+    loss = jax.jit(lambda: MAE.loss(PARAMS, {}, batch, jax.random.key(0), jnp.int32(0))[0])
+    assert bool(jnp.isfinite(loss()))
     oblong = Mae(**(SMALL | {"image_size": (8, 24)}))
     assert oblong.grid == (2, 6)
-    assert oblong.reconstruct(PARAMS, {}, batch, jax.random.key(0))["prediction"].shape == (2, 8, 24, 3)
+    assert jax.eval_shape(lambda: oblong.reconstruct(PARAMS, {}, batch, jax.random.key(0)))["prediction"].shape == (2, 8, 24, 3)
 
 
 class Perfect(Mae):
