@@ -19,8 +19,8 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def standardise(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
-    """[..., D] -> float32 [..., D] of mean 0 and mean square 1 (less by epsilon / variance) along the last axis."""
-    wide = x.astype(jnp.float32)
+    """[..., D] -> [..., D] in at least float32, of mean 0 and mean square 1 (less by epsilon / variance) along the last axis."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
     # The two-pass variance: E[x^2] - E[x]^2 loses the digits that parity needs.
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)

@@ -102,13 +102,15 @@ class Activation(nn.Module):
 def node_norm(kind: str, name: str, x: jax.Array, valid: jax.Array, train: bool) -> jax.Array:
     """Batch norm over the valid nodes (bool [N]), layer norm, or nothing, of nodes [N, D]; epsilon 1e-5 (torch's default).
 
-    Adds a submodule called `name` to the module that calls it. Raises UserError for a kind that is not in `NORMS`.
+    The output is in at least float32. Adds a submodule called `name` to the module that calls it. Raises UserError for a kind that is not
+    in `NORMS`.
     """
     check_choice("norm", kind, NORMS)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     if kind == "batch":
-        return BatchNorm(epsilon=NORM_EPSILON, name=name)(x, valid, train=train)
+        return BatchNorm(epsilon=NORM_EPSILON, dtype=dtype, name=name)(x, valid, train=train)
     if kind == "layer":
-        return LayerNorm(NORM_EPSILON, name=name)(x)
+        return LayerNorm(NORM_EPSILON, dtype=dtype, name=name)(x)
     return x
 
 
