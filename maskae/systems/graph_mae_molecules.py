@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from maskae.errors import UserError, check_choice
 from maskae.losses.reconstruction import scaled_cosine_error
@@ -24,6 +25,7 @@ from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 
 ATOM_TYPES = 119  # the mask is one more
 CHIRALITIES = 3
+LOSSES = ("scaled_cosine", "cross_entropy")
 BOND_TYPES, BOND_DIRECTIONS = 6, 3
 SELF_LOOP = 4  # the bond type of self-loops
 
@@ -82,13 +84,20 @@ class GraphMaeMolecules:
     Batches have `atoms` int32 [B, N, 2] (atomic number - 1, chirality tag), `bonds` int32 [B, E, 2] (type, direction), `senders`,
     `receivers`, `node_mask` and `edge_mask` as all graphs (`maskae.nn.graph_batch`).
 
+    Args:
+        width, depth, dropout: of the encoder.
+        mask_rate: share of each molecule's atoms that lose their type; one more atom does.
+        loss_name: "scaled_cosine" with its `exponent`, or "cross_entropy" over the atom types.
+        pool: what `features` calls pooled, over the atoms of each molecule.
+
     Raises:
-        UserError: unknown pool, or a mask rate that is no share.
+        UserError: unknown pool or loss, or a mask rate that is no share.
     """
 
     width: int = 300
     depth: int = 5
     mask_rate: float = 0.25
+    loss_name: str = "scaled_cosine"
     exponent: float = 1.0
     dropout: float = 0.0
     pool: str = "mean"
@@ -99,6 +108,7 @@ class GraphMaeMolecules:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
         check_choice("pool", self.pool, POOLS)
+        check_choice("loss_name", self.loss_name, LOSSES)
         if not 0 < self.mask_rate < 1:
             raise UserError(f"mask_rate={self.mask_rate}: it must lie between 0 and 1")
 
@@ -143,8 +153,11 @@ class GraphMaeMolecules:
         return {"masked_x": hidden, "node_rep": encoded, "pred": prediction}, state
 
     def error(self, prediction: jax.Array, kinds: jax.Array, masked: jax.Array) -> jax.Array:
-        """Mean scaled cosine error of masked atoms: predictions [N, 119], types int32 [N], masked bool [N]."""
-        errors = scaled_cosine_error(prediction, jax.nn.one_hot(kinds, ATOM_TYPES), self.exponent)
+        """Mean error of masked atoms: predictions (logits for the cross-entropy) [N, 119], types int32 [N], masked bool [N]."""
+        if self.loss_name == "cross_entropy":
+            errors = optax.softmax_cross_entropy_with_integer_labels(prediction, kinds)
+        else:
+            errors = scaled_cosine_error(prediction, jax.nn.one_hot(kinds, ATOM_TYPES), self.exponent)
         return jnp.where(masked, errors, 0).sum() / jnp.maximum(masked.sum(), 1)
 
     def draw_mask(self, key: jax.Array, batch: Batch) -> jax.Array:
