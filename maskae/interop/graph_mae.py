@@ -1,4 +1,8 @@
-"""GraphMAE's reference cases: node and graph tasks, the loss alone, and the node probe; molecules are in `graph_mae_molecules`."""
+"""GraphMAE's reference cases: node and graph tasks, the loss alone, and the node probe; molecules are in `graph_mae_molecules`.
+
+They are replayed in double precision, as they were recorded: Adam makes whole steps of gradients that are small, and in single precision
+those are rounding.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskae.errors import UserError, check_choice
 from maskae.evaluate.node_probe import fit_node_probe
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.graph_mae_layout import gradient_outputs, layout_of, load_variables, official_names
-from maskae.interop.graph_mae_molecules import replay_molecules
+from maskae.interop.graph_mae_molecules import padded_rows, replay_molecules
 from maskae.losses.reconstruction import scaled_cosine_error
-from maskae.nn.graph_batch import POOLS
+from maskae.nn.graph_batch import POOLS, pool_nodes
 from maskae.nn.graph_layers import Graph
 from maskae.nn.node_masks import NodeMask, corrupt, mask_nodes
 from maskae.optim import make_optimizer
@@ -22,9 +27,11 @@ from maskae.schedules import make_schedule
 from maskae.systems.contract import Variables
 from maskae.systems.graph_mae import GraphMae
 
-NORM_NAMES = {None: "none", "": "none", "batchnorm": "batch", "layernorm": "layer"}
+NORM_NAMES = {"none": "none", "batchnorm": "batch", "layernorm": "layer"}
 LOSS_NAMES = {"sce": "scaled_cosine", "mse": "mse"}
-NO_GRADIENT = "no gradient and no decay: Adam turns rounding noise into steps"
+NAMED_INPUTS = ("x", "edge_index", "label", "perm", "perm_mask", "noise_perm", "graph_id", "train_val_test_mask")
+OPTIMIZERS, MOMENTUM = ("adam", "adamw", "sgd"), 0.9
+ROUNDING = 1e-6  # share of the sum of learning rates that Adam moves a parameter by whose gradient is rounding
 
 
 class Part(NamedTuple):
@@ -41,7 +48,11 @@ class Part(NamedTuple):
 
 
 def system_of(options: dict[str, Any]) -> GraphMae:
-    """The system with a part's own options."""
+    """The system with a part's own options. Raises UserError for what the released code does not run with, or what is not rebuilt here."""
+    check_choice("norm", options["norm"] or "none", NORM_NAMES)
+    check_choice("loss_fn", options["loss_fn"], LOSS_NAMES)
+    if options["decoder"] == "gat" and options.get("num_out_heads", 1) != 1:
+        raise UserError(f"num_out_heads={options['num_out_heads']}: a GAT decoder of several heads does not have the features' width")
     return GraphMae(
         width=options["num_hidden"],
         depth=options["num_layers"],
@@ -49,7 +60,7 @@ def system_of(options: dict[str, Any]) -> GraphMae:
         encoder=options["encoder"],
         decoder=options["decoder"],
         activation=options["activation"] or "none",
-        norm=NORM_NAMES[options["norm"]],
+        norm=NORM_NAMES[options["norm"] or "none"],
         residual=bool(options["residual"]),
         input_dropout=options["in_drop"],
         attention_dropout=options["attn_drop"],
@@ -71,20 +82,33 @@ def plain_graph(senders: np.ndarray, receivers: np.ndarray, nodes: int) -> Graph
 def part_of(case: Case, name: str) -> Part:
     """The recorded weights, inputs and draws of one part."""
     options, inputs = case.record["config"][name], under(case.inputs, name)
-    system, nodes = system_of(options), len(inputs["x"])
-    batch = {"nodes": jnp.asarray(inputs["x"])[None]}
+    system, x, nodes = system_of(options), jnp.asarray(inputs["x"], float), len(inputs["x"])
+    batch = {"nodes": x[None]}
     variables = load_variables(under(case.weights, name), jax.eval_shape(lambda: system.init(jax.random.key(0), batch)), layout_of(system))
     senders, receivers = inputs["edge_index"]
     graph = seen = plain_graph(senders, receivers, nodes)
     if system.edge_drop_rate > 0:
-        # The record has one outcome per edge under a name of its own: the only other vector of that length.
-        named = {"x", "edge_index", "label", "perm", "perm_mask", "noise_perm", "graph_id", "train_val_test_mask"}
-        kept = next(value for key, value in inputs.items() if key not in named and value.shape == senders.shape) > 0
-        loops = np.arange(nodes)
+        kept, loops = kept_edges(inputs), np.arange(nodes)
         seen = plain_graph(np.concatenate([senders[kept], loops]), np.concatenate([receivers[kept], loops]), nodes)
     mixed, donors = (jnp.asarray(inputs[draw]) if draw in inputs else None for draw in ("perm_mask", "noise_perm"))
     mask = mask_nodes(jnp.asarray(inputs["perm"]), nodes, system.mask_rate, system.replace_rate, mixed, donors)
-    return Part(name, options, system, variables, jnp.asarray(inputs["x"]), graph, seen, mask)
+    return Part(name, options, system, variables, x, graph, seen, mask)
+
+
+def kept_edges(inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Numbers of the edges that DropEdge keeps: the record has an outcome per edge (1 keeps it) or the numbers, under a name of its own.
+
+    Raises UserError where no tensor is left that could be either.
+    """
+    edges = inputs["edge_index"].shape[1]
+    unknown = {name: value for name, value in inputs.items() if name not in NAMED_INPUTS and value.ndim == 1}
+    for value in unknown.values():
+        if len(value) == edges and np.isin(value, (0, 1)).all():
+            return np.flatnonzero(value)
+    for value in unknown.values():
+        if value.dtype.kind == "i" and len(np.unique(value)) == len(value) and value.max(initial=0) < edges:
+            return value
+    raise UserError("drop_edge_rate is above 0, but the inputs do not say which edges were kept")
 
 
 def under(tensors: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
@@ -129,66 +153,39 @@ def replay_gradients(part: Part, recorded: dict[str, np.ndarray]) -> dict[str, R
 
 
 def replay_training(part: Part) -> dict[str, Reproduced]:
-    """Adam steps on the same draws: losses, learning rates, what the first step and all steps did to the variables."""
+    """Steps on the same draws: losses, learning rates, what the first step and all steps did to the variables."""
     options, (params, state) = part.options, part.variables
-    epochs = options.get("max_epoch", 1)
+    epochs, steps = options.get("max_epoch", 1), options.get("steps", 1)
     schedule = make_schedule("cosine" if options.get("scheduler") else "constant", peak=options["lr"], total_steps=epochs)
-    optimizer = make_optimizer("adam", schedule=schedule, weight_decay=options["weight_decay"], no_decay=())
+    rates = [float(schedule(number)) for number in range(max(epochs, steps))]
+    rule = options.get("optimizer", "adam")
+    check_choice("optimizer", rule, OPTIMIZERS)
+    optimizer = make_optimizer(rule, schedule=schedule, weight_decay=options["weight_decay"], no_decay=(), momentum=MOMENTUM)
 
     @jax.jit
     def step(params: Any, state: Any, moments: Any, number: jax.Array) -> tuple[Any, ...]:
         (loss, state), gradient = jax.value_and_grad(lambda p: losses_of(part, p, state), has_aux=True)(params)
         updates, moments = optimizer.update(gradient, moments, params, number)
-        return jax.tree.map(jnp.add, params, updates), state, moments, loss, gradient
+        return jax.tree.map(jnp.add, params, updates), state, moments, loss
 
     layout, moments, losses = layout_of(part.system), optimizer.init(params), []
-    first, steps, found = official_names(params, layout), options.get("steps", 1), {}
+    first, found = official_names(params, layout), {}
     for number in range(steps):
-        params, state, moments, loss, gradient = step(params, state, moments, jnp.asarray(number))
+        params, state, moments, loss = step(params, state, moments, jnp.asarray(number))
         losses.append(float(loss))
         if number == 0:
-            gradients = official_names(gradient, layout)
-            still = noise_driven(gradients, options["weight_decay"])
-            for name, value in official_names(params, layout, state).items():
-                skip = np.ones(value.shape, bool) if name in still else None
-                found[f"after1/{name}"] = Reproduced(value, GRADIENT, skip=skip, note=NO_GRADIENT if name in still else "")
-    rates = [float(schedule(number)) for number in range(epochs)]
-    moved = {name: np.linalg.norm(value.astype(np.float64) - first[name]) for name, value in official_names(params, layout).items()}
-    found |= {f"delta_norm/{name}": Reproduced(value, GRADIENT) for name, value in moved.items()}
-    found |= {"step_losses": Reproduced(losses), "lr_used": Reproduced(rates[:steps]), "lr_schedule": Reproduced(rates)}
+            named = official_names(params, layout, state)
+            found = {f"after1/{name}": Reproduced(value, GRADIENT, ROUNDING * rates[0]) for name, value in named.items()}
+    moved = {name: np.linalg.norm(value - first[name]) for name, value in official_names(params, layout).items()}
+    found |= {f"delta_norm/{name}": Reproduced(value, GRADIENT, ROUNDING * sum(rates[:steps])) for name, value in moved.items()}
+    found |= {"step_losses": Reproduced(losses), "lr_used": Reproduced(rates[:steps]), "lr_schedule": Reproduced(rates[:epochs])}
     return {f"{part.name}/{name}": value for name, value in found.items()}
 
 
-def noise_driven(gradients: dict[str, np.ndarray], weight_decay: float) -> set[str]:
-    """Parameters whose true gradient is 0, which Adam without weight decay moves by rounding noise alone."""
-    sizes = {name: np.abs(value).max() for name, value in gradients.items()}
-    return {name for name, size in sizes.items() if size < 1e-6 * max(sizes.values())} if weight_decay == 0 else set()
-
-
-def replay_pools(case: Case, part: Part) -> dict[str, Reproduced]:
-    """Pooled embeddings of the graphs of a batch, through the padded batch that a run sees."""
-    inputs = under(case.inputs, part.name)
-    owner, (senders, receivers) = inputs["graph_id"], inputs["edge_index"]
-    counts = np.bincount(owner)
-    first = np.cumsum(counts) - counts
-    proper = senders != receivers  # the system adds the self-loops
-    edges = [np.flatnonzero(proper & (owner[senders] == graph)) for graph in range(len(counts))]
-    room = (len(counts), max(map(len, edges)))
-    batch = {
-        "nodes": np.zeros((len(counts), np.max(counts), part.x.shape[-1]), np.float32),
-        "node_mask": np.arange(np.max(counts)) < counts[:, None],
-        "edge_mask": np.arange(room[1]) < np.asarray([len(rows) for rows in edges])[:, None],
-        "senders": np.zeros(room, np.int32),
-        "receivers": np.zeros(room, np.int32),
-    }
-    batch["nodes"][batch["node_mask"]] = np.asarray(part.x)
-    for graph, rows in enumerate(edges):
-        for name, ends in (("senders", senders), ("receivers", receivers)):
-            batch[name][graph, : len(rows)] = ends[rows] - first[graph]
-    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-    systems = {pool: dataclasses.replace(part.system, pool=pool, normalise_rows=False) for pool in POOLS}
-    pooled = {pool: system.features(*part.variables, arrays)["pooled"] for pool, system in systems.items()}
-    return {f"{part.name}/pool_{pool}": Reproduced(value) for pool, value in pooled.items()}
+def replay_pools(part: Part, owner: np.ndarray) -> dict[str, Reproduced]:
+    """Pooled embeddings of the graphs of a batch; owner int [N] is the graph of each node."""
+    tokens, node_mask = padded_rows(part.system.encode(*part.variables, part.x, part.graph)[0][-1], owner)
+    return {f"{part.name}/pool_{pool}": Reproduced(pool_nodes(tokens, node_mask, pool)) for pool in POOLS}
 
 
 def replay_probe(case: Case, part: Part) -> dict[str, Reproduced]:
@@ -196,7 +193,7 @@ def replay_probe(case: Case, part: Part) -> dict[str, Reproduced]:
     options, inputs, start = part.options, under(case.inputs, part.name), under(case.weights, "probe")
     embeddings = part.system.encode(*part.variables, part.x, part.graph)[0][-1]
     splits = [(embeddings[mask > 0], jnp.asarray(inputs["label"][mask > 0])) for mask in inputs["train_val_test_mask"]]
-    params = {"kernel": jnp.asarray(start["linear.weight"].T), "bias": jnp.asarray(start["linear.bias"])}
+    params = {"kernel": jnp.asarray(start["linear.weight"].T, float), "bias": jnp.asarray(start["linear.bias"], float)}
     arguments = {"learning_rate": options["lr_f"], "weight_decay": options["weight_decay_f"], "epochs": options["max_epoch_f"]}
     probe = fit_node_probe(params, *splits, **arguments)
     logits = embeddings @ probe.params["kernel"] + probe.params["bias"]
@@ -209,7 +206,7 @@ def replay_probe(case: Case, part: Part) -> dict[str, Reproduced]:
 
 def replay_loss(case: Case) -> dict[str, Reproduced]:
     """The scaled cosine error alone, for every recorded exponent."""
-    x, y = (jnp.asarray(case.inputs[f"sce/{name}"]) for name in "xy")
+    x, y = (jnp.asarray(case.inputs[f"sce/{name}"], float) for name in "xy")
     found = {"sce/cos": Reproduced(1 - scaled_cosine_error(x, y, 1.0))}
     for name in case.outputs:
         if name.startswith("sce/loss_alpha"):
@@ -220,17 +217,20 @@ def replay_loss(case: Case) -> dict[str, Reproduced]:
 
 def replay(case: Case) -> dict[str, Reproduced]:
     """Every recorded output of a GraphMAE case that is there to compare."""
-    found = replay_loss(case) if "sce/x" in case.inputs else {}
-    for name, options in case.record["config"].items():
-        if f"{name}/x" not in case.inputs:
-            continue
-        if "encoder" not in options:
-            found |= replay_molecules(case, name)
-            continue
-        part = part_of(case, name)
-        found |= replay_forward(part) | replay_gradients(part, case.outputs) | replay_training(part)
-        if f"{name}/graph_id" in case.inputs:
-            found |= replay_pools(case, part)
-        if f"{name}/train_val_test_mask" in case.inputs and "probe/linear.weight" in case.weights:
-            found |= replay_probe(case, part)
+    with jax.enable_x64(True):
+        found = replay_loss(case) if "sce/x" in case.inputs else {}
+        for name, options in case.record["config"].items():
+            if f"{name}/x" in case.inputs:
+                found |= replay_part(case, name) if "encoder" in options else replay_molecules(case, name)
+        return {name: dataclasses.replace(each, value=np.asarray(each.value)) for name, each in found.items()}
+
+
+def replay_part(case: Case, name: str) -> dict[str, Reproduced]:
+    """Every recorded output of a node or graph task."""
+    part = part_of(case, name)
+    found = replay_forward(part) | replay_gradients(part, case.outputs) | replay_training(part)
+    if f"{name}/graph_id" in case.inputs:
+        found |= replay_pools(part, case.inputs[f"{name}/graph_id"])
+    if f"{name}/train_val_test_mask" in case.inputs and "probe/linear.weight" in case.weights:
+        found |= replay_probe(case, part)
     return found

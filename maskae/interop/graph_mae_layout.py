@@ -111,7 +111,7 @@ def load_variables(tensors: dict[str, np.ndarray], template: Variables, layout: 
     filled, report = from_foreign(tensors, flat, layout, NO_PATCHES)
     if wrong := report.missing + report.mismatched:
         raise UserError(f"the weights are not those of the options: {'; '.join(wrong[:3])}")
-    arrays = {path: jnp.asarray(value) for path, value in filled.items()}
+    arrays = {path: jnp.asarray(value, float) for path, value in filled.items()}  # double precision where that is on
     params = unflatten_paths({path: arrays[path] for path in flatten_paths(template.params)})
     stats = unflatten_paths({path: arrays[path] for path in flatten_paths(statistics)})
     return Variables(params, {"batch_stats": stats} if stats else {})
