@@ -132,26 +132,31 @@ def neighbourhood_weights(transition: sparse.csr_matrix, steps: int, *, total: b
 
 
 def knn_edges(features: np.ndarray, count: int, similarity: str = "heat") -> np.ndarray:
-    """Edges int32 [2, N * count] from every row of features [N, D] to the `count` others most like it, as SDCN builds graphs.
+    """Edges int32 [2, E] from every row of features [N, D] to the `count` others most like it, as SDCN builds graphs.
+
+    It takes the `count` + 1 rows most like each and leaves out the row itself. Where so many are as like it as it is itself, it may not be
+    among them, and has one neighbour more.
 
     similarity: "heat" is exp(-|x - y|^2 / 2), taken as the distance itself, which has the same order and does not underflow; "cos" the
-    number of words that both rows have; "ncos" the same with rows of words divided by their number. Raises UserError.
+    number of words that both rows have, of features above 0; "ncos" the same with rows divided by their sum. Raises UserError.
     """
     check_choice("similarity", similarity, SIMILARITIES)
     rows = features.astype(np.float64)
     if not 0 < count < len(rows):
         raise UserError(f"{count} nearest others of {len(rows)} rows: there must be more rows")
     if similarity != "heat":
-        rows = (rows > 0).astype(np.float64)
+        rows = np.where(rows > 0, 1.0, rows)
         if similarity == "ncos":
-            rows /= np.maximum(rows.sum(1, keepdims=True), 1)
-    chosen = np.empty((len(rows), count), np.int64)
+            total = np.abs(rows).sum(1, keepdims=True)
+            rows /= np.where(total == 0, 1.0, total)
+    chosen = np.empty((len(rows), count + 1), np.int64)
     squares = np.square(rows).sum(1)
     for start in range(0, len(rows), 1024):
         block = slice(start, start + 1024)
         likeness = rows[block] @ rows.T
         if similarity == "heat":
             likeness = 2 * likeness - squares[block, None] - squares
-        likeness[np.arange(len(likeness)), np.arange(start, start + len(likeness))] = -np.inf
-        chosen[block] = np.argpartition(likeness, -count, axis=1)[:, -count:]
-    return np.stack([np.repeat(np.arange(len(rows)), count), chosen.ravel()]).astype(np.int32)
+            likeness[np.arange(len(likeness)), np.arange(start, start + len(likeness))] = 0.0
+        chosen[block] = np.argpartition(likeness, -(count + 1), axis=1)[:, -(count + 1) :]
+    edges = np.stack([np.repeat(np.arange(len(rows)), count + 1), chosen.ravel()])
+    return edges[:, edges[0] != edges[1]].astype(np.int32)

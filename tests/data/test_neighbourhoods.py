@@ -43,11 +43,11 @@ def test_a_complete_graph_mixes_at_once_and_an_empty_one_never():
 @pytest.mark.parametrize("similarity", ["heat", "ncos"])
 def test_nearest_neighbours_equal_brute_force(similarity):
     rows = np.random.default_rng(0).normal(size=(30, 12)) * 40  # at this scale exp(-d^2 / 2) is 0 for every pair
-    words = rows > 0
     if similarity == "heat":
         likeness = -np.square(rows[:, None] - rows).sum(-1)
     else:
-        shares = words / words.sum(1, keepdims=True)
+        words = np.where(rows > 0, 1, rows)  # only what is above 0 becomes a word, as in SDCN's script
+        shares = words / np.abs(words).sum(1, keepdims=True)
         likeness = shares @ shares.T
     np.fill_diagonal(likeness, -np.inf)
     edges = knn_edges(rows, 3, similarity)
@@ -56,6 +56,11 @@ def test_nearest_neighbours_equal_brute_force(similarity):
         chosen = edges[1][edges[0] == row]
         assert len(set(chosen) - {row}) == 3
         np.testing.assert_allclose(np.sort(likeness[row, chosen]), np.sort(likeness[row])[-3:], rtol=1e-9)
+
+
+def test_a_row_among_its_equals_may_have_one_neighbour_more():
+    senders, receivers = knn_edges(np.ones((4, 2)), 2, "cos")  # the same three of four for every row
+    assert (senders != receivers).all() and sorted(np.bincount(senders)) == [2, 2, 2, 3]
 
 
 @pytest.fixture
