@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, f1_score, normalized_mutual_info_score
 
 from maskae.evaluate.threads import limited_threads
+
+Match = Callable[[np.ndarray, np.ndarray], np.ndarray]  # clusters [N], classes [N] -> classes [N]
 
 
 class Clusters(NamedTuple):
@@ -36,8 +39,11 @@ def fill_empty_clusters(assigned: np.ndarray, classes: int) -> np.ndarray:
     """`assigned` int [N] with the first rows put into the clusters of 0..classes-1 that have none, one row each.
 
     That is what the evaluation code shared by DEC, SDCN and SCGC does to the predictions before it matches them, so that all of its
-    numbers are of the changed ones. Only to compare with it: the matching here needs no such thing.
+    numbers are of the changed ones. Where there are as many clusters as classes it changes nothing, whatever their numbers. Only to compare
+    with it: the matching here needs no such thing.
     """
+    if len(np.unique(assigned)) == classes:
+        return assigned.copy()
     empty = np.setdiff1d(np.arange(classes), assigned)
     filled = assigned.copy()
     filled[: len(empty)] = empty[: len(filled)]
@@ -55,14 +61,19 @@ def match_clusters(assigned: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return meaning[assigned]
 
 
-def clustering_metrics(assigned: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def clustering_metrics(assigned: np.ndarray, labels: np.ndarray, match: Match = match_clusters) -> dict[str, float]:
     """Agreement of clusters int [N] with classes int [N]; none of the numbers depends on how clusters are numbered.
+
+    Args:
+        assigned: clusters.
+        labels: classes.
+        match: gives the class of each row's cluster; of several best matchings another one may have another F1.
 
     Returns:
         `cluster_accuracy` and `cluster_macro_f1` (mean over the classes that occur) after Hungarian matching, `cluster_nmi` (arithmetic
         mean in the denominator), `cluster_ari`.
     """
-    matched = match_clusters(assigned, labels)
+    matched = match(assigned, labels)
     return {
         "cluster_accuracy": float(np.mean(matched == labels)),
         "cluster_macro_f1": float(f1_score(labels, matched, labels=np.unique(labels), average="macro", zero_division=0)),

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.data.neighbourhoods import SIMILARITIES, knn_edges, neighbourhood_weights, transition_matrix
+from maskae.errors import UserError, check_choice
 from maskae.evaluate.clustering import clustering_metrics, fill_empty_clusters
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.graph_mae_layout import gradient_outputs, linear, load_variables, official_names
 from maskae.interop.layout import VALUE, Layout, Rule
+from maskae.interop.munkres import munkres_matching
 from maskae.losses.neighbourhood import Neighbourhood, neighbourhood_contrast
 from maskae.losses.soft_clusters import sharpened_target
 from maskae.optim import make_optimizer
@@ -22,6 +24,7 @@ from maskae.systems.scgc import Scgc
 from maskae.vectors import unit
 
 METRICS = ("cluster_accuracy", "cluster_nmi", "cluster_ari", "cluster_macro_f1")
+MODELS = {"SCGC": True, "SCGC_TRIM": False}  # whether there is a decoder
 TERMS = {"kl_loss": "cluster", "ncontrast_loss": "contrast", "re_loss": "reconstruction"}
 
 
@@ -48,13 +51,14 @@ def layout_of(system: Scgc) -> Layout:
 
 
 def part_of(case: Case, name: str, transition: Any) -> Part:
-    """The recorded weights of a part, on the case's graph."""
+    """The recorded weights of a part, on the case's graph. Raises UserError for a model of the released code that is another system."""
     shared, options = case.record["config"], case.record["config"][name]
+    check_choice("model", options["model"], MODELS)
     system = Scgc(
         clusters=shared["n_clusters"],
         hidden=tuple(shared["widths"]),
         latent=shared["n_z"],
-        decode=options["model"] == "SCGC",
+        decode=MODELS[options["model"]],
         scale=options["tau"],
         contrast_weight=options["alpha"],
         cluster_weight=options["beta"],
@@ -133,8 +137,21 @@ def official_metrics(assigned: np.ndarray, labels: np.ndarray) -> tuple[list[flo
     """ACC, NMI, ARI and macro-F1 as the released code computes them, and the predictions as it leaves them."""
     labels = labels - labels.min()
     filled = fill_empty_clusters(assigned, len(np.unique(labels)))
-    found = clustering_metrics(filled, labels)
+    found = clustering_metrics(filled, labels, official_matching)
     return [found[name] for name in METRICS], filled
+
+
+def official_matching(assigned: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The class of each row's cluster, int [N]; of equally good matchings the one that the released code finds.
+
+    Raises UserError where there are not as many clusters as classes: the released code ends in an error there.
+    """
+    (classes, of_labels), (clusters, of_assigned) = (np.unique(each, return_inverse=True) for each in (labels, assigned))
+    if len(classes) != len(clusters):
+        raise UserError(f"{len(clusters)} clusters and {len(classes)} classes: the released evaluation wants as many")
+    agreement = np.zeros((len(classes), len(clusters)), np.int64)
+    np.add.at(agreement, (of_labels, of_assigned), 1)
+    return classes[munkres_matching(agreement).argsort()][of_assigned]
 
 
 def replay_metrics(case: Case) -> dict[str, Reproduced]:

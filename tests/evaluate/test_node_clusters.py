@@ -37,6 +37,7 @@ def test_the_released_code_moves_the_first_rows_into_empty_clusters():
     assert fill_empty_clusters(assigned, 3).tolist() == [1, 2, 2, 0, 0, 2]
     assert fill_empty_clusters(np.asarray([3, 3, 3]), 4).tolist() == [0, 1, 2]
     assert fill_empty_clusters(LABELS, 3).tolist() == LABELS.tolist() and assigned[0] == 2
+    assert fill_empty_clusters(np.asarray([0, 3, 1]), 3).tolist() == [0, 3, 1]  # as many as classes, whatever their numbers
     two = np.minimum(LABELS, 1)
     plain, filled = (run(make_evaluators({"node_clusters": {"fill_empty": fill}}), None, features(two)) for fill in (False, True))
     assert plain == pytest.approx(clustering_metrics(two, LABELS))

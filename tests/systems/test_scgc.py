@@ -15,6 +15,7 @@ import pytest
 
 from maskae.config import load_config, load_module
 from maskae.errors import UserError
+from maskae.interop import scgc as interop
 from maskae.interop.case import Case
 from maskae.interop.parity import compare_case
 from maskae.losses.neighbourhood import Neighbourhood
@@ -219,3 +220,12 @@ def test_arguments_that_cannot_work_are_named(options, message):
 def test_the_recorded_case_comes_again(shared):
     rows = compare_case(Case.read(shared / "goldens" / "scgc" / "a"))
     assert len(rows) == 77 and [row for row in rows if not row.agrees] == []
+
+
+def test_a_model_or_an_evaluation_that_cannot_be_replayed_is_named(shared):
+    case = Case.read(shared / "goldens" / "scgc" / "a")
+    config = case.record["config"] | {"other": case.record["config"]["star"] | {"model": "SDCN"}}
+    with pytest.raises(UserError, match="unknown model 'SDCN'.*there are SCGC, SCGC_TRIM"):
+        interop.part_of(dataclasses.replace(case, record={"config": config}), "other", None)
+    with pytest.raises(UserError, match="3 clusters and 2 classes"):
+        interop.official_metrics(np.asarray([0, 1, 2, 1]), np.asarray([0, 1, 1, 0]))
