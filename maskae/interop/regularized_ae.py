@@ -121,6 +121,11 @@ def mean_of_clean(mixture: Mixture, x: np.ndarray, sigma: float) -> np.ndarray:
     return (weights * clean).sum(1) / weights.sum(1)
 
 
+def stride_of(recorded: np.ndarray, grid: np.ndarray) -> int:
+    """Every how many points of an even grid [N] were recorded; the last one need not be among them."""
+    return round(float(recorded[1] - recorded[0]) / float(grid[1] - grid[0])) if len(recorded) > 1 else len(grid)
+
+
 def replay_grid(case: Case, mixture: Mixture) -> dict[str, Reproduced]:
     """Both criteria's optima on a grid, and how far their scores and Hessians are from the density's."""
     options = case.record["config"]
@@ -130,7 +135,7 @@ def replay_grid(case: Case, mixture: Mixture) -> dict[str, Reproduced]:
     middles = jnp.asarray((grid[1:] + grid[:-1]) / 2)[:, None]
     density, between = (np.exp(np.asarray(log_density(mixture, where))) for where in (points, middles))
     slope, bend = np.asarray(score(mixture, points))[:, 0], np.asarray(hessian(mixture, points))[:, 0, 0]
-    every = round((count - 1) / (len(case.outputs["rcae/x"]) - 1))
+    every = stride_of(case.outputs["rcae/x"], grid)
     found = {"rcae/x": Reproduced(grid[::every], CLOSED)}
     errors: dict[str, list[list[float]]] = {"dae": [], "rcae": []}
     for number, sigma in enumerate(options["sigmas1"]):
@@ -181,7 +186,6 @@ def replay_network(case: Case, form: str) -> dict[str, Reproduced]:
     system = RegularizedAe(hidden=(options["hidden"],), form=form, sigma=options["sigma"])
     params = load_params({name.removeprefix("net/"): value for name, value in case.weights.items()}, form)
     x, eps, probes = (jnp.asarray(case.inputs[f"net/{name}"]) for name in ("x", "eps", "probes"))
-
 
     def denoising(params: Params) -> jax.Array:
         return denoising_error(lambda rows: system.reconstruct_vectors(params, rows), x, options["sigma"] * eps).mean()

@@ -336,6 +336,12 @@ def test_the_noise_falls_geometrically_and_the_contractive_loss_wants_probes_in_
     assert np.isfinite(loss)
 
 
+def test_the_recorded_points_of_a_grid_need_not_contain_its_end():
+    grid = np.linspace(-4.0, 4.0, 149)
+    assert [interop.stride_of(grid[::every], grid) for every in (1, 50, 74)] == [1, 50, 74]
+    assert len(grid[:: interop.stride_of(grid[:1], grid)]) == 1
+
+
 def test_the_reference_case_is_reproduced(shared, double):
     case = Case.read(shared / "goldens" / "regularized_ae" / "a")
     mixture = interop.mixture_of(case.record["config"]["mix1"])
