@@ -31,7 +31,7 @@ NORM_NAMES = {"none": "none", "batchnorm": "batch", "layernorm": "layer"}
 LOSS_NAMES = {"sce": "scaled_cosine", "mse": "mse"}
 NAMED_INPUTS = ("x", "edge_index", "label", "perm", "perm_mask", "noise_perm", "graph_id", "train_val_test_mask")
 OPTIMIZERS, MOMENTUM = ("adam", "adamw", "sgd"), 0.9
-ROUNDING = 1e-6  # share of the sum of learning rates that Adam moves a parameter by whose gradient is rounding
+ROUNDING = 1e-4  # more than the share of the sum of learning rates by which Adam moves a parameter whose gradient is rounding
 
 
 class Part(NamedTuple):
