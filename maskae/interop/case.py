@@ -69,6 +69,7 @@ class Reproduced:
         relative: allowed largest difference, as a share of the recorded array's largest absolute value.
         absolute: allowed largest difference beside that.
         skip: bool array, True where an entry is not compared; None compares all.
+        slack: how much farther each entry may lie; None is 0.
         note: why entries are skipped or the tolerance is wider; shown in the table.
     """
 
@@ -77,6 +78,7 @@ class Reproduced:
     absolute: float = 0.0
     skip: np.ndarray | None = None
     note: str = ""
+    slack: np.ndarray | None = None
 
 
 def exact(value: Any) -> Reproduced:

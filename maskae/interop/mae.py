@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.errors import UserError
-from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps, exact
+from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.layout import Geometry, from_foreign
 from maskae.interop.mae_augmentations import replay_augmentations
 from maskae.interop.mae_classifiers import replay_finetune, replay_probe
-from maskae.interop.record import KEY_BIAS, adam_constants, image_size_of, key_bias, official_names, recorded_schedule
+from maskae.interop.record import adam_constants, image_size_of, official_names, recorded_schedule, train, trained_outputs
 from maskae.interop.vit import LAYOUTS
 from maskae.losses.reconstruction import normalise_patches
 from maskae.masking import keep_count
@@ -102,25 +102,15 @@ def replay_training(case: Case, system: Mae, params: Any) -> dict[str, Reproduce
     """AdamW steps on one batch with the recorded masking noise of each step."""
     options = case.record["pretrain_steps"]
     schedule = recorded_schedule(options)
-    optimizer = make_optimizer("adamw", schedule=schedule, weight_decay=options["weight_decay"], **adam_constants(options["optimizer"]))
+    constants = adam_constants(options["optimizer"])
+    optimizer = make_optimizer("adamw", schedule=schedule, weight_decay=options["weight_decay"], **constants)
     images, noise = images_of(case), jnp.asarray(case.inputs["train_noise"])
 
-    @jax.jit
-    def step(params: Any, state: Any, number: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda p: system.loss_given_noise(p, images, noise[number])[0])(params)
-        updates, state = optimizer.update(grads, state, params, number)
-        return jax.tree.map(jnp.add, params, updates), state, loss
+    def loss(params: Any, number: jax.Array) -> jax.Array:
+        return system.loss_given_noise(params, images, noise[number])[0]
 
-    state, losses = optimizer.init(params), []
-    for number in range(options["steps"]):
-        params, state, loss = step(params, state, jnp.asarray(number))
-        losses.append(loss)
-    rates = [float(schedule(number)) for number in range(options["steps"])]
-    found = {"train_losses": Reproduced(np.stack(losses)), "train_lrs": Reproduced(np.asarray(rates))}
-    for name, value in official_names(params, geometry_of(system)).items():
-        skip = key_bias(name, value.size)
-        found[f"train_params/{name}"] = after_steps(value, rates, skip, "" if skip is None else KEY_BIAS)
-    return found
+    trained = train(loss, optimizer, schedule, params, range(options["steps"]), constants["b2"])
+    return trained_outputs(trained, lambda tree: official_names(tree, geometry_of(system)))
 
 
 def replay_tables(case: Case) -> dict[str, Reproduced]:

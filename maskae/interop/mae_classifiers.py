@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.errors import UserError
-from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps
+from maskae.interop.case import GRADIENT, Case, Reproduced
 from maskae.interop.layout import Geometry, from_foreign
-from maskae.interop.record import KEY_BIAS, adam_constants, image_size_of, key_bias, numbers_of, official_names, recorded_schedule
+from maskae.interop.record import (
+    adam_constants,
+    image_size_of,
+    numbers_of,
+    official_names,
+    recorded_schedule,
+    train,
+    trained_outputs,
+)
 from maskae.interop.vit import LAYOUTS
 from maskae.losses.classification import label_smoothing_cross_entropy, soft_target_cross_entropy
 from maskae.nn.stack import drop_path_rates
@@ -102,33 +110,27 @@ def replay_finetune(case: Case) -> dict[str, Reproduced]:
     still = replace(system, drop_path=0.0)
     batch = {"image": images, "soft_label": targets, "label": targets.argmax(-1), "example": jnp.arange(len(images))}
 
-    def gradient(params: Tree, state: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
-        (loss, out), grads = jax.value_and_grad(still.loss, has_aux=True)(params, state, batch, jax.random.key(0), 0)
-        return (loss, out.state), grads
+    def loss(params: Tree, number: jax.Array) -> jax.Array:
+        return still.loss(params, {}, batch, jax.random.key(0), number)[0]
 
-    for name, value in official_names(jax.jit(gradient)(params, {})[1], geometry).items():
+    for name, value in official_names(jax.jit(jax.grad(loss))(params, jnp.int32(0)), geometry).items():
         outputs[f"ft_grad/{name}"] = Reproduced(value, relative=GRADIENT)
-    return outputs | _train_finetune(case, gradient, params, geometry)
+    return outputs | _train_finetune(case, loss, params, geometry)
 
 
-def _train_finetune(case: Case, gradient: Any, params: Tree, geometry: Geometry) -> dict[str, Reproduced]:
+def _train_finetune(case: Case, loss: Any, params: Tree, geometry: Geometry) -> dict[str, Reproduced]:
     options = case.record["finetune"]
-    schedule, steps = recorded_schedule(options), options["steps"]
+    schedule, constants = recorded_schedule(options), adam_constants(options["optimizer"])
     optimizer = make_optimizer(
         "adamw",
         schedule=schedule,
-        **adam_constants(options["optimizer"]),
+        **constants,
         weight_decay=options["weight_decay"],
         no_decay=("vectors", "cls_token", "position"),
         layer_decay=options["layer_decay"],
     )
-    params, _, losses = train_on(gradient, optimizer, params, {}, steps)
-    rates = np.asarray([float(schedule(step)) for step in range(steps)])
-    outputs = {"ft_train_losses": Reproduced(losses), "ft_train_lrs": Reproduced(rates)}
-    for name, value in official_names(params, geometry).items():
-        skip = key_bias(name, value.size)
-        outputs[f"ft_train_params/{name}"] = after_steps(value, rates, skip, "" if skip is None else KEY_BIAS)
-    return outputs
+    trained = train(loss, optimizer, schedule, params, range(options["steps"]), constants["b2"])
+    return trained_outputs(trained, lambda tree: official_names(tree, geometry), "ft_train_")
 
 
 def probe_system(case: Case) -> LinearProbe:

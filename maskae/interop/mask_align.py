@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.errors import UserError
-from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps, exact
+from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.layout import VALUE, Flat, Geometry, Layout, Rule, from_foreign, to_foreign
-from maskae.interop.record import KEY_BIAS, image_size_of, key_bias, numbers_of, recorded_schedule
+from maskae.interop.record import image_size_of, numbers_of, recorded_schedule, train, trained_outputs
 from maskae.interop.vit import LAYOUTS, linear
 from maskae.interop.vit import norm as norm_rules
 from maskae.masking import random_mask
@@ -200,27 +200,15 @@ def replay_training(case: Case, system: MaskAlign, variables: Variables) -> dict
     draws = jnp.asarray(case.inputs["train_exp_noise" if system.masker == "attention" else "train_noise"])
     drops = recorded_drops(case, system)
 
-    @jax.jit
-    def step(params: Any, memory: Any, number: jax.Array) -> tuple[Any, Any, jax.Array]:
-        at = lambda p: loss_of(system, p, variables.state, images, draws[number], None if drops is None else drops[number])  # noqa: E731
-        loss, grads = jax.value_and_grad(at)(params)
-        updates, memory = optimizer.update(grads, memory, params, number)
-        return jax.tree.map(jnp.add, params, updates), memory, loss
+    def loss(params: Any, number: jax.Array) -> jax.Array:
+        return loss_of(system, params, variables.state, images, draws[number], None if drops is None else drops[number])
 
-    params = variables.params
-    memory, losses = optimizer.init(params), []
-    for number in range(options["steps"]):
-        params, memory, loss = step(params, memory, jnp.asarray(number))
-        losses.append(loss)
-    rates = [float(schedule(number)) for number in range(options["steps"])]
-    found = {"train_losses": Reproduced(np.stack(losses)), "train_lrs": Reproduced(np.asarray(rates))}
-    moved = official(params, system)
-    for name in (name.removeprefix("train_params/") for name in case.outputs if name.startswith("train_params/")):
-        if name in moved:
-            skip = key_bias(name, moved[name].size)
-            found[f"train_params/{name}"] = after_steps(moved[name], rates, skip, "" if skip is None else KEY_BIAS)
-        elif name in case.record["parameters_without_gradient"]:
-            found[f"train_params/{name}"] = dataclasses.replace(exact(case.weights[name]), note="no such parameter here: never trained")
+    trained = train(loss, optimizer, schedule, variables.params, range(options["steps"]), b2)
+    found = trained_outputs(trained, lambda tree: official(tree, system))
+    # What the loss does not reach the released optimizer leaves as it is, also by weight decay.
+    for name in case.record["parameters_without_gradient"]:
+        if name in case.weights:
+            found[f"train_params/{name}"] = dataclasses.replace(exact(case.weights[name]), note="never trained: no gradient")
     return found
 
 

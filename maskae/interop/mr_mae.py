@@ -12,10 +12,10 @@ import numpy as np
 
 from maskae.data.spec import IMAGENET_MEAN, IMAGENET_STD
 from maskae.errors import UserError
-from maskae.interop.case import GRADIENT, Case, Reproduced, after_steps, exact
+from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.conv_layout import MCMAE
 from maskae.interop.layout import Flat, Geometry, from_foreign, to_foreign
-from maskae.interop.record import KEY_BIAS, key_bias, numbers_of
+from maskae.interop.record import numbers_of, train, trained_outputs
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.positions import sincos_2d
 from maskae.optim import make_optimizer
@@ -123,22 +123,11 @@ def replay_training(case: Case, system: McMae, params: Any) -> dict[str, Reprodu
     optimizer = make_optimizer("adamw", schedule=schedule, b1=b1, b2=b2, weight_decay=decay)
     images, noise = images_of(case), jnp.asarray(case.inputs["train_noise"])
 
-    @jax.jit
-    def step(params: Any, memory: Any, number: jax.Array, epoch: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda p: system.loss_given_noise(p, images, noise[number])[0])(params)
-        updates, memory = optimizer.update(grads, memory, params, epoch)
-        return jax.tree.map(jnp.add, params, updates), memory, loss
+    def loss(params: Any, number: jax.Array) -> jax.Array:
+        return system.loss_given_noise(params, images, noise[number])[0]
 
-    memory, losses = optimizer.init(params), []
-    for number, epoch in enumerate(options["epoch_of_step"]):
-        params, memory, loss = step(params, memory, jnp.asarray(number), jnp.asarray(epoch))
-        losses.append(loss)
-    rates = [float(schedule(epoch)) for epoch in options["epoch_of_step"]]
-    found = {"train_losses": Reproduced(np.stack(losses)), "train_lrs": Reproduced(np.asarray(rates))}
-    for name, value in official(params, system).items():
-        skip = key_bias(name, value.size)
-        found[f"train_params/{name}"] = after_steps(value, rates, skip, "" if skip is None else KEY_BIAS)
-    return found
+    trained = train(loss, optimizer, schedule, params, options["epoch_of_step"], b2)
+    return trained_outputs(trained, lambda tree: official(tree, system))
 
 
 def replay_finetune(case: Case) -> dict[str, Reproduced]:

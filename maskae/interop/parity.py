@@ -45,15 +45,17 @@ def compare(name: str, recorded: np.ndarray, reproduced: Reproduced | None) -> R
     if value.shape != recorded.shape:
         return Row(name, float("nan"), float("nan"), False, f"shape {value.shape}, recorded {recorded.shape}")
     left, right = value.astype(np.float64), recorded.astype(np.float64)
+    slack = np.broadcast_to(0.0 if reproduced.slack is None else reproduced.slack, recorded.shape)
     note = reproduced.note
     if reproduced.skip is not None:
         keep = ~np.broadcast_to(reproduced.skip, recorded.shape)
         note = f"{keep.size - keep.sum()} of {keep.size} entries left out: {note}"
-        left, right = left[keep], right[keep]
+        left, right, slack = left[keep], right[keep], slack[keep]
     if not left.size:
         return Row(name, float("nan"), float("nan"), False, "nothing left to compare")
     scale = np.abs(right).max() or 1.0
-    difference = float(np.abs(left - right).max() / scale)
+    # Of NaN the maximum with 0 is NaN.
+    difference = float(np.maximum(np.abs(left - right) - slack, 0.0).max() / scale)
     allowed = float(reproduced.relative + reproduced.absolute / scale)
     # `not >` would let NaN through.
     return Row(name, difference, allowed, bool(difference <= allowed), note)

@@ -37,6 +37,15 @@ def test_left_out_entries_are_counted_and_the_rest_is_compared() -> None:
     assert not compare("x", RECORDED, Reproduced(RECORDED, skip=np.ones(3, bool))).agrees
 
 
+def test_slack_is_of_each_entry() -> None:
+    slack = np.asarray([0, 0.5, 0])
+    row = compare("x", RECORDED, Reproduced(RECORDED + [0, 0.4, 0], slack=slack))
+    assert row.agrees and row.difference == 0
+    assert not compare("x", RECORDED, Reproduced(RECORDED + [0, 0.6, 0], slack=slack)).agrees
+    assert not compare("x", RECORDED, Reproduced(RECORDED + [0.4, 0, 0], slack=slack)).agrees
+    assert not compare("x", RECORDED, Reproduced(RECORDED * np.nan, slack=slack)).agrees
+
+
 @pytest.mark.parametrize("value", [None, Reproduced(RECORDED[:2]), Reproduced(RECORDED * np.nan), exact(RECORDED + 1e-9)])
 def test_missing_misshapen_infinite_and_inexact_values_disagree(value: Reproduced | None) -> None:
     assert not compare("x", RECORDED, value).agrees
