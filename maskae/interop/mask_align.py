@@ -57,10 +57,17 @@ def teacher_of(record: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         "width": record["hidden_size"],
         "depth": record["num_hidden_layers"],
         "heads": record["num_attention_heads"],
-        "mlp_ratio": record["intermediate_size"] / record["hidden_size"],
+        # int(width * ratio) has to be the recorded size, whatever the division rounds to.
+        "mlp_ratio": (record["intermediate_size"] + 0.5) / record["hidden_size"],
         "epsilon": record["layer_norm_eps"],
         "statistics": "clip" if architecture == "clip" else "student",
     }
+
+
+def dino_record(case: Case) -> dict[str, Any]:
+    """What the case says about its DINO-type teacher, the second one or the only one."""
+    found: dict[str, Any] = case.record.get("dino_teacher", case.record["teacher"])
+    return found
 
 
 def system_of(case: Case) -> MaskAlign:
@@ -75,7 +82,7 @@ def system_of(case: Case) -> MaskAlign:
         depth=built["depth"],
         heads=built["num_heads"],
         mlp_ratio=built["mlp_ratio"],
-        teacher=teacher_of(case.record["dino_teacher" if dino and "dino_teacher" in case.record else "teacher"], "vit" if dino else "clip"),
+        teacher=teacher_of(dino_record(case) if dino else case.record["teacher"], "vit" if dino else "clip"),
         masker=built["mask_type"],
         mask_ratio=case.record["options"]["mask_ratio"],
         drop_path=built["drop_path_rate"],
@@ -105,7 +112,10 @@ def recorded_teacher(case: Case, system: MaskAlign) -> dict[str, Any]:
     blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(teacher.init, jax.random.key(0)))
     template = flatten_paths({"encoder": blank})
     flat, report = from_foreign(tensors, template, LAYOUTS[layout], Geometry(teacher.patch_size, teacher.grid))
-    missing = [name for name in report.missing if name != "encoder/patch_embed/bias"]
+    # The template's zeros stand for biases that a teacher does not have.
+    absent = ["patch_embed/bias"] if teacher.architecture == "clip" else []
+    absent += [] if teacher.architecture == "clip" or dino_record(case).get("qkv_bias", True) else ["attention/qkv/bias"]
+    missing = [name for name in report.missing if not name.endswith(tuple(absent))]
     if wrong := report.mismatched + missing:
         raise UserError(f"{case.folder}: the teacher's weights are not those of the recorded options: {'; '.join(wrong[:3])}")
     return {"teacher": jax.tree.map(jnp.asarray, unflatten_paths(flat)["encoder"])}
@@ -225,7 +235,7 @@ def recorded_drops(case: Case, system: MaskAlign) -> jax.Array | None:
 
 def replay_dino(case: Case, system: MaskAlign, params: Any) -> dict[str, Reproduced]:
     """The second teacher."""
-    other = dataclasses.replace(system, teacher=teacher_of(case.record["dino_teacher"], "vit"))
+    other = dataclasses.replace(system, teacher=teacher_of(dino_record(case), "vit"))
     state = recorded_teacher(case, other)
     named = jax.jit(other.forward)(params, state, images_of(case), recorded_draws(case, other))
     found = {"dino/importance": Reproduced(named["importance"]), "dino/ids_keep": exact(named["ids_keep"])}

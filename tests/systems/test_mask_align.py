@@ -146,3 +146,21 @@ def test_the_papers_code_gives_the_same_features_and_losses(shared: Path) -> Non
     rows = [compare(name, case.outputs[name], value) for name, value in found.items()]
     assert len(rows) >= 11
     assert [row for row in rows if not row.agrees] == []
+
+
+def test_a_recorded_teacher_has_the_recorded_sizes() -> None:
+    record = {"hidden_act": "gelu", "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "layer_norm_eps": 1e-12}
+    for width, hidden in ((44, 60), (52, 120), (32, 96)):
+        teacher = interop.teacher_of(record | {"hidden_size": width, "intermediate_size": hidden}, "vit")
+        assert int(width * teacher["mlp_ratio"]) == hidden
+
+
+def test_a_recorded_teacher_may_lack_biases(shared: Path) -> None:
+    case = Case.read(shared / "goldens" / "mask_align" / "a")
+    dino = dataclasses.replace(interop.system_of(case), teacher=interop.teacher_of(case.record["dino_teacher"], "vit"))
+    parts = tuple(f"attention.attention.{part}.bias" for part in ("query", "key", "value"))
+    bare = dataclasses.replace(case, weights={name: leaf for name, leaf in case.weights.items() if not name.endswith(parts)})
+    with pytest.raises(UserError, match="attention/qkv/bias"):
+        interop.recorded_teacher(bare, dino)
+    told = dataclasses.replace(bare, record=case.record | {"dino_teacher": case.record["dino_teacher"] | {"qkv_bias": False}})
+    assert not np.any(interop.recorded_teacher(told, dino)["teacher"]["block_0"]["attention"]["qkv"]["bias"])
