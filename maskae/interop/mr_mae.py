@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -82,14 +81,18 @@ def official(tree: Any, system: Any) -> Flat:
     return {name: np.asarray(value) for name, value in named.items()}
 
 
+def leading(case: Case, name: str, value: Any) -> Any:
+    """The leading entries of every axis of `value`, as many as were recorded."""
+    return value[tuple(slice(size) for size in case.outputs[name].shape)]
+
+
 def part(case: Case, name: str, value: jax.Array) -> Reproduced:
-    """The part of `value` that was recorded: a window of a map [B, H, W, C], channels first, or the leading entries of every axis."""
-    shape = case.outputs[name].shape
+    """The part of a map [B, H, W, C], channels first, or of tokens [B, N, D] that was recorded: a window, or the leading entries."""
     if name.endswith("_window"):
         low, high = (int(number) for number in numbers_of(case.meaning(name), r"(\d+)\.\.(\d+)"))
         return Reproduced(value[:, low : high + 1, low : high + 1].transpose(0, 3, 1, 2))
     value = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
-    return Reproduced(value[tuple(slice(size) for size in shape)])
+    return Reproduced(leading(case, name, value))
 
 
 def replay_forward(case: Case, system: McMae, params: Any) -> dict[str, Reproduced]:
@@ -149,7 +152,7 @@ def replay_finetune(case: Case) -> dict[str, Reproduced]:
     found = {"ft_loss": Reproduced(loss), "ft_logits": Reproduced(named["logits"]), "ft_features": Reproduced(named["pooled"])}
     for name, grad in official(grads, system).items():
         if f"ft_grad/{name}" in case.outputs:
-            found[f"ft_grad/{name}"] = dataclasses.replace(part(case, f"ft_grad/{name}", jnp.asarray(grad)), relative=GRADIENT)
+            found[f"ft_grad/{name}"] = Reproduced(leading(case, f"ft_grad/{name}", grad), GRADIENT)
     return found
 
 
