@@ -136,9 +136,8 @@ def replay_training(case: Case, system: McMae, params: Any) -> dict[str, Reprodu
 def replay_finetune(case: Case) -> dict[str, Reproduced]:
     """Every output `ft_*`: features, logits, loss and its gradients, without stochastic depth."""
     options = case.record["finetune"]
-    if not options["global_pool"]:
-        raise UserError(f"{case.folder}: without global_pool the released code classifies the first patch; that is not supported")
-    system = McFineTune(**stages_of(case), num_classes=options["num_classes"], drop_path=options["drop_path_rate"])
+    pool = "mean" if options["global_pool"] else "cls"
+    system = McFineTune(**stages_of(case), num_classes=options["num_classes"], drop_path=options["drop_path_rate"], pool=pool)
     own = {name: value for name, value in case.weights.items() if not name.startswith("finetune.")}
     own |= {name.removeprefix("finetune."): value for name, value in case.weights.items() if name.startswith("finetune.")}
     params, images = params_of(case, system, own), images_of(case)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class ConvStages:
     conv_mlp_ratios: tuple[float, float] = (4.0, 4.0)
     strides: tuple[int, int, int] = (4, 2, 2)
 
+    pools: ClassVar[tuple[str, ...]] = ("mean",)
+
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
         super().__post_init__()  # type: ignore[misc]
@@ -49,8 +51,8 @@ class ConvStages:
         for name in ("conv_widths", "conv_depths", "conv_mlp_ratios"):
             if len(getattr(self, name)) != 2:
                 raise UserError(f"{name}={getattr(self, name)}: one number for each of the two convolutional stages")
-        if system.pool != "mean":
-            raise UserError(f"pool='{system.pool}': this backbone has no CLS token; take 'mean'")
+        if system.pool not in self.pools:
+            raise UserError(f"pool='{system.pool}': this backbone has no CLS token; take {' or '.join(map(repr, self.pools))}")
 
     def backbone(self, **options: Any) -> MaskedConvViT:
         """The network; `options` are fields of `MaskedConvViT` beyond the sizes."""
@@ -102,14 +104,20 @@ class McMae(ConvStages, Mae):
 
 @dataclass(frozen=True)
 class McFineTune(ConvStages, FineTune):
-    """Fine-tuning and, from scratch, supervised training of the backbone: mean of the tokens, a new norm, a linear classifier."""
+    """Fine-tuning and, from scratch, supervised training of the backbone: mean of the tokens, a new norm, a linear classifier.
+
+    `pool="cls"` is the released code without `global_pool`: behind the encoder's own norm the first patch stands for the CLS token that
+    the backbone does not have.
+    """
 
     depth: int = 11
+
+    pools: ClassVar[tuple[str, ...]] = ("mean", "cls")
 
     @property
     def encoder(self) -> Any:
         """The pretrained part, its position table a parameter."""
-        return self.backbone(trainable_position=True, fuse=False, final_norm=False, drop_path=self.drop_path)
+        return self.backbone(trainable_position=True, fuse=False, final_norm=self.pool == "cls", drop_path=self.drop_path)
 
     @property
     def droppable(self) -> int:
@@ -127,7 +135,9 @@ class McFineTune(ConvStages, FineTune):
         """[B, H, W, C] -> `tokens` [B, N, D], `pooled` [B, D] as the head sees it, `logits` [B, K]; all float32."""
         apply: Any = self.encoder.apply
         tokens = apply({"params": params["encoder"]}, images, draws=draws)["latent"].astype(jnp.float32)  # [B, N, D]
-        pooled: Any = LayerNorm().apply({"params": params["fc_norm"]}, tokens.mean(1))  # [B, D]
+        pooled: Any = tokens[:, 0]  # [B, D]
+        if self.pool == "mean":
+            pooled = LayerNorm().apply({"params": params["fc_norm"]}, tokens.mean(1))  # [B, D]
         return {"tokens": tokens, "pooled": pooled, "logits": pooled @ params["head"]["kernel"] + params["head"]["bias"]}
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:

@@ -183,3 +183,18 @@ def test_the_papers_code_gives_the_same_backbone(shared: Path) -> None:
     rows = [compare(name, case.outputs[name], value) for name, value in found.items()]
     assert len(rows) >= 15
     assert [row for row in rows if not row.agrees] == []
+
+
+def test_the_classifier_without_global_pool_looks_at_the_first_patch(shared: Path) -> None:
+    case = Case.read(shared / "goldens" / "mr_mae" / "a")
+    record = case.record | {"finetune": case.record["finetune"] | {"global_pool": False}}
+    kernel = "ft_grad/blocks1.0.conv1.weight"
+    changed = dataclasses.replace(case, record=record, outputs=case.outputs | {kernel: np.zeros((12, 12, 1, 1))})
+    found = interop.replay_finetune(changed)
+    features = np.asarray(found["ft_features"].value)
+    scale, bias = case.weights["norm.weight"], case.weights["norm.bias"]
+    plain = (features - bias) / scale
+    np.testing.assert_allclose(plain.mean(-1), 0, atol=1e-4)
+    assert not compare("ft_features", case.outputs["ft_features"], found["ft_features"]).agrees
+    # Kernels are of four axes, as maps are, but stand in the record as they are.
+    assert found[kernel].value.shape == (12, 12, 1, 1)
