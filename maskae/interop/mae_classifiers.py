@@ -14,6 +14,7 @@ from maskae.interop.case import GRADIENT, Case, Reproduced
 from maskae.interop.layout import Geometry, from_foreign
 from maskae.interop.record import (
     adam_constants,
+    check_qkv_bias,
     image_size_of,
     numbers_of,
     official_names,
@@ -51,6 +52,7 @@ def train_on(gradient: Any, optimizer: Optimizer, params: Tree, state: Tree, ste
 def finetune_system(case: Case) -> FineTune:
     """The fine-tuned network of a case."""
     shape, options = case.record["constructor"], case.record["finetune"]
+    check_qkv_bias(case, options)
     return FineTune(
         image_size=image_size_of(options),
         channels=shape["in_chans"],

@@ -14,7 +14,7 @@ from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.conv_layout import MCMAE
 from maskae.interop.layout import Flat, Geometry, from_foreign, to_foreign
-from maskae.interop.record import numbers_of, train, trained_outputs
+from maskae.interop.record import check_qkv_bias, numbers_of, train, trained_outputs
 from maskae.losses.classification import label_smoothing_cross_entropy
 from maskae.nn.positions import sincos_2d
 from maskae.optim import make_optimizer
@@ -136,6 +136,7 @@ def replay_training(case: Case, system: McMae, params: Any) -> dict[str, Reprodu
 def replay_finetune(case: Case) -> dict[str, Reproduced]:
     """Every output `ft_*`: features, logits, loss and its gradients, without stochastic depth."""
     options = case.record["finetune"]
+    check_qkv_bias(case, options)
     pool = "mean" if options["global_pool"] else "cls"
     system = McFineTune(**stages_of(case), num_classes=options["num_classes"], drop_path=options["drop_path_rate"], pool=pool)
     own = {name: value for name, value in case.weights.items() if not name.startswith("finetune.")}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.errors import UserError
-from maskae.interop.case import Reproduced, after_steps
+from maskae.interop.case import Case, Reproduced, after_steps
 from maskae.interop.layout import Flat, Geometry, to_foreign
 from maskae.interop.vit import LAYOUTS
 from maskae.optim import Optimizer
@@ -48,6 +48,12 @@ def image_size_of(options: Mapping[str, Any]) -> int | tuple[int, int]:
     """The recorded image size, one number or (height, width)."""
     size = options["img_size"]
     return size if isinstance(size, int) else (size[0], size[1])
+
+
+def check_qkv_bias(case: Case, options: Mapping[str, Any]) -> None:
+    """Raises UserError where a recorded classifier's attention has no biases: ours always has."""
+    if not options.get("qkv_bias", True):
+        raise UserError(f"{case.folder}: qkv_bias=False of the fine-tuned network cannot be replayed; there are biases here")
 
 
 def official_names(tree: Any, geometry: Geometry) -> dict[str, np.ndarray]:

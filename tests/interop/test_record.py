@@ -5,9 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from maskae.errors import UserError
+from maskae.interop.case import Case
 from maskae.interop.parity import compare
-from maskae.interop.record import train, trained_outputs
+from maskae.interop.record import check_qkv_bias, train, trained_outputs
 from maskae.optim import make_optimizer
 
 SLOPE = jnp.asarray([1.0, -0.5, 1e-9, 0.2])
@@ -34,3 +37,10 @@ def test_zero_gradients_do_not_stop_the_training() -> None:
     optimizer = make_optimizer("adamw", schedule=schedule)
     trained = train(lambda p, number: 0.0 * jnp.sum(p["w"]), optimizer, schedule, {"w": jnp.ones(2)}, range(2), 0.999)
     assert jax.tree.all(jax.tree.map(lambda leaf: bool((leaf == 0).all()), trained.reach))
+
+
+def test_attention_without_biases_is_refused(tmp_path) -> None:
+    case = Case(tmp_path, {}, {}, {}, {})
+    check_qkv_bias(case, {})
+    with pytest.raises(UserError, match="qkv_bias=False"):
+        check_qkv_bias(case, {"qkv_bias": False})
