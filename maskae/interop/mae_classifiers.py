@@ -94,7 +94,8 @@ def replay_finetune(case: Case) -> dict[str, Reproduced]:
     geometry = Geometry(system.patch_size, system.grid)
     images = jnp.asarray(case.inputs["ft_imgs"].transpose(0, 2, 3, 1))  # [B, H, W, C]
     targets = jnp.asarray(case.inputs["ft_soft_targets"])
-    (smoothing,) = numbers_of(case.meaning("ft_loss_smooth"), r"LabelSmoothingCrossEntropy\(([\d.]+)\)")
+    stated = case.meaning("ft_loss_smooth")
+    (smoothing,) = numbers_of(stated, r"LabelSmoothingCrossEntropy\(([\d.]+)\)") if stated else (0.0,)
     rates = np.asarray(drop_path_rates(system.drop_path, system.depth))
 
     @jax.jit
