@@ -13,6 +13,8 @@ import jax.numpy as jnp
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 CONVOLUTIONS = (2, 2, 3, 3, 3)
 WIDTHS = (64, 128, 256, 512, 512)
+# Positions of shorter features keep less than length 1; Vec2Face's copy of LPIPS. LPIPS itself adds 1e-10 to every length.
+SHORTEST = 1e-4
 
 
 class Vgg(nn.Module):
@@ -64,7 +66,7 @@ def map_distance(maps: Sequence[jax.Array], others: Sequence[jax.Array], weights
         squared = jnp.square(x).sum(-1, keepdims=True)
         # The gradient of a square root at 0 is no number.
         length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
-        return x / (length + 1e-10)
+        return x / jnp.maximum(length, SHORTEST)
 
     total: Any = 0.0
     for index, (one, other) in enumerate(zip(maps, others, strict=True)):

@@ -16,7 +16,7 @@ from maskae.interop.case import Case
 from maskae.interop.parity import compare
 from maskae.losses.adversarial import discriminator_loss
 from maskae.losses.attributes import brightness, quality, slant
-from maskae.losses.perceptual import structural_similarity
+from maskae.losses.perceptual import map_distance, structural_similarity
 from maskae.nn.dropout_block import Dropout
 from maskae.nn.row_mask import MaskRate, mask_rows
 from maskae.systems.identity_encoder import margin_logits
@@ -120,6 +120,13 @@ def test_losses_vanish_where_the_images_are_equal(system, variables, batch):
 
 # pytest -n 0 -m slow tests/systems/test_vec2face.py
 @pytest.mark.slow
+def test_faint_features_count_less():
+    one, other = jnp.asarray([[[[3e-5, 4e-5]]]]), jnp.zeros((1, 1, 1, 2))
+    np.testing.assert_allclose(map_distance([one], [other], [jnp.ones(2)]), [0.25], rtol=1e-5)
+    np.testing.assert_allclose(map_distance([1e6 * one], [other], [jnp.ones(2)]), [1.0], rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda x: map_distance([x], [one], [jnp.ones(2)]).sum())(other)).all()
+
+
 def test_the_discriminator_waits_and_each_network_gets_its_own_gradient(system, variables, batch, gradient):
     waiting, active = gradient(variables.params, 4), gradient(variables.params, 5)
     assert all(not leaf.any() for leaf in jax.tree.leaves(waiting["discriminator"]))
