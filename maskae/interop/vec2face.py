@@ -21,6 +21,7 @@ from maskae.interop.weights import read_tensors
 from maskae.losses.adversarial import discriminator_loss
 from maskae.losses.perceptual import CONVOLUTIONS
 from maskae.nn.row_mask import MaskRate, RowMask, mask_rows
+from maskae.nn.vector_autoencoder import EPSILON
 from maskae.paths import flatten_paths, unflatten_paths
 from maskae.schedules import warmup_cosine
 from maskae.systems.contract import Params
@@ -128,6 +129,15 @@ def read_perceptual(path: str, own: Params) -> Params:
     return fitted(tensors, own, perceptual_rules(), path)
 
 
+def generation_law(case: Case) -> MaskRate:
+    """The recorded law of the mask rate where images are generated; the paper's where none is recorded."""
+    meaning = case.meaning("mask_rate/generation_ppf")
+    if not meaning:
+        return MaskRate(*Vec2Face.generation_rate)
+    low, mean, std, high = numbers_of(meaning, r"min ([\d.]+), mean ([\d.]+), std ([\d.]+), max ([\d.]+)")
+    return MaskRate(mean, std, low, high)
+
+
 def system_of(case: Case) -> Vec2Face:
     """The system with the case's own sizes and options."""
     config, weights = case.record["config"], case.weights
@@ -138,7 +148,10 @@ def system_of(case: Case) -> Vec2Face:
         if found := re.match(r"fr_model\.layer(\d+)\.(\d+)\.", name):
             layers[int(found[1])] = max(layers.get(int(found[1]), 0), int(found[2]) + 1)
     rates = tuple(built[f"mask_ratio_{name}"] for name in ("mu", "std", "min", "max"))
-    generation = numbers_of(case.meaning("mask_rate/generation_ppf"), r"min ([\d.]+), mean ([\d.]+), std ([\d.]+), max ([\d.]+)")
+    if built["norm_eps"] != EPSILON:
+        raise UserError(f"{case.folder}: norm_eps={built['norm_eps']} cannot be replayed; the generator's norms have {EPSILON}")
+    if built["decoder_embed_dim"] != built["embed_dim"]:
+        raise UserError(f"{case.folder}: decoder_embed_dim={built['decoder_embed_dim']} is not embed_dim={built['embed_dim']}")
     grid = side // 2 ** (len(image["ch_mult"]) - 1)
     return Vec2Face(
         image_size=side,
@@ -156,7 +169,7 @@ def system_of(case: Case) -> Vec2Face:
         mlp_ratio=built["mlp_ratio"],
         dropout=0.0,
         mask_rate=rates,
-        generation_rate=(generation[1], generation[2], generation[0], generation[3]),
+        generation_rate=generation_law(case),
         map_channels=image["z_channels"],
         paint_width=image["ch"],
         multipliers=tuple(image["ch_mult"]),
@@ -290,7 +303,7 @@ class Replay:
         mask = self.mask("gen/noise", options["mask_ratio_min"], options["rate"])
         painted = jax.jit(self.system.paint)(self.params, self.vectors, mask)
         found = {"gen/generated": channel_first(painted.image), "gen/logits": painted.logits}
-        reproduced = {name: Reproduced(self.cut(name, value), FEATURE) for name, value in found.items()}
+        reproduced = {name: Reproduced(self.cut(name, value), FEATURE) for name, value in found.items() if name in self.case.outputs}
         return reproduced | {"gen/token_all_mask": exact(mask.filled)}
 
 
@@ -298,31 +311,47 @@ def _norm(grad: np.ndarray) -> float:
     return float(np.linalg.norm(grad.astype(np.float64).ravel()))
 
 
-def replay_laws(case: Case, system: Vec2Face) -> dict[str, Reproduced]:
-    """The mask rate's quantiles and means, the vectors nearby, and the learning rate."""
+def replay_rates(case: Case, system: Vec2Face) -> dict[str, Reproduced]:
+    """Quantiles and means of the mask rate in training and where images are generated."""
     found: dict[str, Reproduced] = {}
     laws: dict[str, MaskRate] = {"": system.training_law, "generation_": system.generation_law}
     for prefix, law in laws.items():
-        places = jnp.linspace(0.01, 0.99, len(case.outputs[f"mask_rate/{prefix}ppf"]))
-        found[f"mask_rate/{prefix}ppf"] = Reproduced(law.quantile(places))
         found[f"mask_rate/{prefix}mean"] = Reproduced(law.average())
+        if f"mask_rate/{prefix}ppf" in case.outputs:
+            places = jnp.linspace(0.01, 0.99, len(case.outputs[f"mask_rate/{prefix}ppf"]))
+            found[f"mask_rate/{prefix}ppf"] = Reproduced(law.quantile(places))
+    return found
+
+
+def replay_nearby(case: Case) -> dict[str, Reproduced]:
+    """Vectors near others: shares of the rows with each deviation, then in the recorded order."""
     text = case.meaning("nearby/samples")
     deviations, shares = ([float(x) for x in re.split(r"\s*,\s*", part)] for part in re.findall(r"\[([\d., ]+)\]", text)[:2])
     base, draws = (jnp.asarray(case.inputs[f"nearby/{name}"], jnp.float32) for name in ("base", "z"))
     counts = [round(share * len(base)) for share in shares]
     scaled = draws * jnp.asarray(np.repeat(deviations, counts))[:, None]
-    found["nearby/samples"] = Reproduced(vary(base, scaled[case.inputs["nearby/perm"]]))
+    return {"nearby/samples": Reproduced(vary(base, scaled[case.inputs["nearby/perm"]]))}
+
+
+def replay_schedule(case: Case) -> dict[str, Reproduced]:
+    """The learning rate at fractional epochs."""
     stated = numbers_of(
         case.meaning("schedule/lr"),
-        r"epochs 0, ([\d.]+),.*lr = ([\d.e-]+)\*([\d.]+)/([\d.]+), warmup ([\d.]+), epochs ([\d.]+), min_lr ([\d.]+)",
+        r"epochs 0, ([\d.]+),.*lr = ([\d.e-]+)\*([\d.]+)/([\d.]+), warmup ([\d.]+), epochs ([\d.]+), min_lr ([\d.e-]+)",
     )
     spacing, base_rate, batch, divisor, warmup, epochs, minimum = stated
     schedule = warmup_cosine(base_rate * batch / divisor, minimum, warmup, epochs)
-    found["schedule/lr"] = Reproduced(jax.vmap(schedule)(spacing * jnp.arange(len(case.outputs["schedule/lr"]))))
-    return found
+    return {"schedule/lr": Reproduced(jax.vmap(schedule)(spacing * jnp.arange(len(case.outputs["schedule/lr"]))))}
 
 
 def replay(case: Case) -> dict[str, Reproduced]:
-    """Every recorded output of a Vec2Face case."""
+    """Every recorded output of a Vec2Face case that is there to compare."""
     run = Replay(case)
-    return replay_laws(case, run.system) | run.forward() | run.generation() | run.gradients()
+    found = run.forward() | replay_rates(case, run.system)
+    if case.wants("gen/"):
+        found |= run.generation()
+    if case.wants(*(f"{phase}_disc_start/{kind}" for phase in ("before", "after") for kind in ("grad", "disc_grad"))):
+        found |= run.gradients()
+    if case.wants("nearby/"):
+        found |= replay_nearby(case)
+    return found | (replay_schedule(case) if case.wants("schedule/") else {})

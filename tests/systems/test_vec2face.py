@@ -241,6 +241,29 @@ def test_the_reference_case_is_reproduced(shared):
     case = Case.read(shared / "goldens" / "vec2face" / "a")
     run = interop.Replay(case)
     # The gradients take a minute to compile: tools/parity.py compares them too.
-    found = run.forward() | interop.replay_laws(case, run.system)
+    found = run.forward() | interop.replay_rates(case, run.system) | interop.replay_nearby(case) | interop.replay_schedule(case)
     rows = [compare(name, case.outputs[name], value) for name, value in found.items() if name in case.outputs]
     assert len(rows) > 30 and all(row.agrees for row in rows), [row for row in rows if not row.agrees]
+
+
+def test_parts_that_were_not_recorded_are_not_needed(shared, monkeypatch):
+    case = Case.read(shared / "goldens" / "vec2face" / "a")
+    listed = {name: about for name, about in case.record["tensors"]["outputs.safetensors"].items() if name.startswith(("rows", "loss/"))}
+    partial = replace(
+        case,
+        record=case.record | {"tensors": case.record["tensors"] | {"outputs.safetensors": listed}},
+        outputs={name: case.outputs[name] for name in listed},
+        inputs={name: case.inputs[name] for name in ("feature", "image", "noise")},
+    )
+    assert interop.system_of(partial).generation_law == MaskRate(0.15, 0.25, 0.1, 1.0)
+    monkeypatch.setattr(interop.Replay, "forward", lambda run: {})
+    assert set(interop.replay(partial)) == {"mask_rate/mean", "mask_rate/generation_mean"}
+
+
+@pytest.mark.parametrize("name, value", [("norm_eps", 1e-5), ("decoder_embed_dim", 32)])
+def test_recorded_options_that_cannot_be_replayed_are_named(shared, name, value):
+    case = Case.read(shared / "goldens" / "vec2face" / "a")
+    config = case.record["config"]
+    built = config["MaskedGenerativeEncoderViT"] | {name: value}
+    with pytest.raises(UserError, match=name):
+        interop.system_of(replace(case, record=case.record | {"config": config | {"MaskedGenerativeEncoderViT": built}}))
