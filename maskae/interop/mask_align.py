@@ -207,7 +207,7 @@ def replay_training(case: Case, system: MaskAlign, variables: Variables) -> dict
     b1, b2, decay = numbers_of(options["optimizer"], r"\(([\d.]+), ([\d.]+)\), weight_decay ([\d.]+)")
     optimizer = make_optimizer("adamw", schedule=schedule, b1=b1, b2=b2, weight_decay=decay)
     images = images_of(case)
-    draws = jnp.asarray(case.inputs["train_exp_noise" if system.masker == "attention" else "train_noise"])
+    draws = training_draws(case, system)
     drops = recorded_drops(case, system)
 
     def loss(params: Any, number: jax.Array) -> jax.Array:
@@ -222,9 +222,17 @@ def replay_training(case: Case, system: MaskAlign, variables: Variables) -> dict
     return found
 
 
+def training_draws(case: Case, system: MaskAlign) -> jax.Array:
+    """The masker's draws of every step [steps, B, L]. Raises UserError where the case has none for its masker."""
+    name = "train_exp_noise" if system.masker == "attention" else "train_noise"
+    if name not in case.inputs:
+        raise UserError(f"{case.folder}: the training with mask_type={system.masker} needs the recorded draws {name}, which are not there")
+    return jnp.asarray(case.inputs[name])
+
+
 def recorded_drops(case: Case, system: MaskAlign) -> jax.Array | None:
-    """Drop path's draws [steps, depth, 2, B]. Blocks of rate 0 draw nothing in the released code."""
-    if not system.drop_path:
+    """Drop path's draws [steps, depth, 2, B]. Blocks of rate 0, the first one always, draw nothing in the released code."""
+    if not system.drop_path or system.depth == 1:
         return None
     drawn = case.inputs["train_drop_path_u"]
     steps, calls, batch = drawn.shape

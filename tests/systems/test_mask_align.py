@@ -164,3 +164,15 @@ def test_a_recorded_teacher_may_lack_biases(shared: Path) -> None:
         interop.recorded_teacher(bare, dino)
     told = dataclasses.replace(bare, record=case.record | {"dino_teacher": case.record["dino_teacher"] | {"qkv_bias": False}})
     assert not np.any(interop.recorded_teacher(told, dino)["teacher"]["block_0"]["attention"]["qkv"]["bias"])
+
+
+def test_training_draws_are_named_and_a_single_block_drops_nothing(shared: Path) -> None:
+    case = Case.read(shared / "goldens" / "mask_align" / "a")
+    system = dataclasses.replace(interop.system_of(case), drop_path=0.2)
+    assert interop.training_draws(case, system).shape == case.inputs["train_exp_noise"].shape
+    with pytest.raises(UserError, match="mask_type=random needs the recorded draws train_noise"):
+        interop.training_draws(case, dataclasses.replace(system, masker="random"))
+    drops = interop.recorded_drops(case, system)
+    assert drops.shape[1] == system.depth and not drops[:, 0].any()
+    single = dataclasses.replace(system, depth=1, fusion="sum")
+    assert interop.recorded_drops(dataclasses.replace(case, inputs={}), single) is None
