@@ -70,6 +70,7 @@ def _block(ours: str, theirs: str) -> list[Rule]:
     ]
     for name in ("norm1", "norm2", "cross_norm1", "cross_norm2"):
         rules += _norm(f"{ours}/{name}", f"{theirs}.{name}")
+    rules += [Rule(f"{ours}/layer_scale{n}", (f"{theirs}.gamma_{n}",), VALUE) for n in range(3)]
     rules += _map(f"{ours}/attention/out", f"{theirs}.attn.proj", OUT_PROJECTION)
     rules += _map(f"{ours}/cross_attention/out", f"{theirs}.cross_attn.proj", OUT_PROJECTION)
     for part in ("query", "key", "value"):
@@ -125,8 +126,8 @@ def system_of(case: Case) -> Hicmae:
     built = record["model"]
     if record.get("target_diff_weight") is not None or record.get("frame_diff_group_size", 2) != 2:
         raise UserError(f"{case.folder}: only pairs of frames with one plain mean of squares are known")
-    if built.get("init_values") or built.get("drop_path_rate") or not built.get("qkv_bias", True):
-        raise UserError(f"{case.folder}: no layer scale, no drop path and query and value biases are expected")
+    if built.get("drop_path_rate"):
+        raise UserError(f"{case.folder}: drop_path_rate={built['drop_path_rate']} cannot be replayed: its draws are not recorded")
     if built.get("encoder_embed_dim_audio", built["encoder_embed_dim"]) != built["encoder_embed_dim"]:
         raise UserError(f"{case.folder}: both encoders are expected to be of one width")
     frames = case.inputs["frames_uint8"]
@@ -152,6 +153,8 @@ def system_of(case: Case) -> Hicmae:
         audio_decoder_depth=built["decoder_depth_audio"],
         audio_decoder_heads=built["decoder_num_heads_audio"],
         mlp_ratio=built["mlp_ratio"],
+        qkv_bias=built.get("qkv_bias", True),
+        layer_scale=built.get("init_values") or None,
         levels=tuple(level + 1 for level in built["return_intermediate_features"]),
         mask_ratio=record["mask_ratio"],
         audio_mask_ratio=record["mask_ratio_audio"],

@@ -24,10 +24,16 @@ def xavier_of_two(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float
 
 
 class CrossSelfBlock(nn.Module):
-    """x + cross(cross_norm1(x), cross_norm2(context)), then x + attention(norm1(x)), then x + mlp(norm2(x)): CROSS comes first."""
+    """x + cross(cross_norm1(x), cross_norm2(context)), then x + attention(norm1(x)), then x + mlp(norm2(x)): CROSS comes first.
+
+    `qkv_bias` False takes the biases of queries and values away; `layer_scale` is the initial value of `layer_scale0` to `layer_scale2` [D]
+    on the three branches, None leaves them out.
+    """
 
     heads: int
     mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     epsilon: float = 1e-6
     attention: str = "xla"
     dtype: Dtype = jnp.float32
@@ -38,6 +44,7 @@ class CrossSelfBlock(nn.Module):
         x = constrain(x, "batch")
         look = CrossAttention(
             self.heads,
+            self.qkv_bias,
             implementation=self.attention,
             dtype=self.dtype,
             key_bias=False,
@@ -45,11 +52,22 @@ class CrossSelfBlock(nn.Module):
             name="cross_attention",
         )
         own = LayerNorm(self.epsilon, self.dtype, name="cross_norm1")(x)
-        x = x + look(own, LayerNorm(self.epsilon, self.dtype, name="cross_norm2")(context))
+        x = x + self._scaled(look(own, LayerNorm(self.epsilon, self.dtype, name="cross_norm2")(context)), 0)
         branch = LayerNorm(self.epsilon, self.dtype, name="norm1")(x)
-        x = x + Attention(self.heads, "query_value", self.attention, dtype=self.dtype, name="attention")(branch)
+        x = x + self._scaled(Attention(self.heads, bias_of(self.qkv_bias), self.attention, dtype=self.dtype, name="attention")(branch), 1)
         branch = LayerNorm(self.epsilon, self.dtype, name="norm2")(x)
-        return x + Mlp(int(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp")(branch)
+        return x + self._scaled(Mlp(int(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp")(branch), 2)
+
+    def _scaled(self, branch: jax.Array, which: int) -> jax.Array:
+        if self.layer_scale is None:
+            return branch
+        scale = self.param(f"layer_scale{which}", nn.initializers.constant(self.layer_scale), (branch.shape[-1],))
+        return branch * scale.astype(branch.dtype)
+
+
+def bias_of(qkv_bias: bool) -> str:
+    """Which of queries, keys and values have a bias, one of `maskae.nn.layers.QKV_BIASES`; keys never have one."""
+    return "query_value" if qkv_bias else "none"
 
 
 def run_block(owner: nn.Module, block: nn.Module, remat: str, *inputs: jax.Array) -> jax.Array:
@@ -80,6 +98,8 @@ class FusionEncoder(nn.Module):
     depth: int
     heads: int
     mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     epsilon: float = 1e-6
     attention: str = "xla"
     remat: str = "none"
@@ -87,7 +107,7 @@ class FusionEncoder(nn.Module):
 
     def setup(self) -> None:
         """Declare the submodules under the names that stored weights have."""
-        sizes = (self.heads, self.mlp_ratio, self.epsilon, self.attention, self.dtype)
+        sizes = (self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, self.epsilon, self.attention, self.dtype)
         self.video_blocks = [CrossSelfBlock(*sizes, name=f"video_block_{i}") for i in range(self.depth)]
         self.audio_blocks = [CrossSelfBlock(*sizes, name=f"audio_block_{i}") for i in range(self.depth)]
         self.video_norm = LayerNorm(self.epsilon, self.dtype)
@@ -123,6 +143,8 @@ class SkipDecoder(nn.Module):
     heads: int
     outputs: int
     mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     epsilon: float = 1e-6
     attention: str = "xla"
     remat: str = "none"
@@ -131,9 +153,11 @@ class SkipDecoder(nn.Module):
     def setup(self) -> None:
         """Declare the submodules under the names that stored weights have."""
         self.embed = nn.Dense(self.width, use_bias=False, dtype=self.dtype, kernel_init=xavier)
-        options: dict[str, Any] = {"epsilon": self.epsilon, "attention": self.attention, "dtype": self.dtype}
-        self.first = Block(self.heads, self.mlp_ratio, "query_value", name="block_0", **options)
-        self.crossing = [CrossSelfBlock(self.heads, self.mlp_ratio, name=f"block_{i}", **options) for i in range(1, self.depth)]
+        options: dict[str, Any] = {"layer_scale": self.layer_scale, "epsilon": self.epsilon, "attention": self.attention}
+        options |= {"dtype": self.dtype}
+        self.first = Block(self.heads, self.mlp_ratio, bias_of(self.qkv_bias), name="block_0", **options)
+        crossing = (self.heads, self.mlp_ratio, self.qkv_bias)
+        self.crossing = [CrossSelfBlock(*crossing, name=f"block_{i}", **options) for i in range(1, self.depth)]
         self.norm = LayerNorm(self.epsilon, self.dtype)
         self.head = nn.Dense(self.outputs, dtype=self.dtype, kernel_init=xavier)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice, check_heads
-from maskae.nn.audio_visual import FusionEncoder, SkipDecoder
+from maskae.nn.audio_visual import FusionEncoder, SkipDecoder, bias_of
 from maskae.nn.flops import block_flops, cross_block_flops, linear_flops
 from maskae.nn.layers import ATTENTION_IMPLEMENTATIONS, DTYPES, uniform_fan_in
 from maskae.nn.patches import patch_grid
@@ -33,6 +33,8 @@ class HicmaeArguments:
         spectrogram_size: (frames, mel bins); `audio_patch_size` tiles it.
         depth, heads: of each modality's encoder; `audio_depth` and `audio_heads` where those of sound differ.
         decoder_width, decoder_depth, decoder_heads: of each decoder; `audio_decoder_*` where those of sound differ.
+        qkv_bias: queries and values have biases.
+        layer_scale: initial value of a learnt factor on every branch of every block; None for none.
         levels: encoder layers, counted from 1, that are contrasted, and that the decoder's blocks after its first look at, deepest first.
         mask_ratio, audio_mask_ratio: share of hidden places (the same in every frame) and of hidden spectrogram patches.
         contrastive_weight, temperature: of the sum over levels of the contrastive losses.
@@ -67,6 +69,8 @@ class HicmaeArguments:
     audio_decoder_depth: int | None = None
     audio_decoder_heads: int | None = None
     mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     levels: tuple[int, ...] = (4, 7, 10)
     mask_ratio: float = 0.9
     audio_mask_ratio: float = 0.8
@@ -166,17 +170,23 @@ class HicmaeArguments:
 
     def encoder(self, modality: str) -> ViTEncoder:
         """A modality's encoder; no CLS token, positions are added outside."""
-        options: dict[str, Any] = {"qkv_bias": "query_value", "with_cls": False, "with_position": False, "scan": self.scan, **self.compute}
+        options: dict[str, Any] = {"qkv_bias": bias_of(self.qkv_bias), "layer_scale": self.layer_scale, **self.compute}
+        options |= {"with_cls": False, "with_position": False, "scan": self.scan}
         return ViTEncoder(self.patch(modality), self.width, *self.sizes(modality), (1, 1), self.mlp_ratio, **options)
+
+    @property
+    def crossing(self) -> dict[str, Any]:
+        """What the blocks that look across have besides their sizes."""
+        return {"mlp_ratio": self.mlp_ratio, "qkv_bias": self.qkv_bias, "layer_scale": self.layer_scale, **self.compute}
 
     @property
     def fusion(self) -> FusionEncoder:
         """Each modality's tokens look at the other's."""
-        return FusionEncoder(self.fusion_depth, self.fusion_heads or self.heads, self.mlp_ratio, **self.compute)
+        return FusionEncoder(self.fusion_depth, self.fusion_heads or self.heads, **self.crossing)
 
     def decoder(self, modality: str) -> SkipDecoder:
         """Predicts a modality's hidden tokens."""
-        return SkipDecoder(*self.decoder_sizes(modality), self.values(modality), self.mlp_ratio, **self.compute)
+        return SkipDecoder(*self.decoder_sizes(modality), self.values(modality), **self.crossing)
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Fresh parameters; linear maps Xavier-uniform, patch embeddings as a convolution's default. The batch is not read."""

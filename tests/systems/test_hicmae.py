@@ -13,9 +13,10 @@ import pytest
 
 from maskae.errors import UserError
 from maskae.interop.case import Case
-from maskae.interop.hicmae import params_of, replay_forward, replay_tables, system_of
+from maskae.interop.hicmae import layout_of, params_of, replay_forward, replay_tables, system_of
 from maskae.interop.parity import compare
 from maskae.nn.patches import tubelets, untubelet
+from maskae.paths import flatten_paths
 from maskae.systems.contract import System
 from maskae.systems.hicmae import Hicmae, Split
 from maskae.systems.hicmae_arguments import MODALITIES
@@ -79,6 +80,18 @@ def test_zero_prediction_costs_what_the_unbiased_deviation_says() -> None:
     whole = dataclasses.replace(HICMAE, frame_difference=False).target("video", INPUTS["video"])
     assert float(jnp.square(whole).mean()) == pytest.approx((values - 1) / values, rel=1e-4)
     assert float(jnp.square(HICMAE.target("audio", INPUTS["audio"])).mean()) == pytest.approx(15 / 16, rel=1e-4)
+
+
+def test_layer_scale_and_missing_biases_have_the_released_names() -> None:
+    system = dataclasses.replace(HICMAE, layer_scale=0.1, qkv_bias=False)
+    shapes = flatten_paths(jax.eval_shape(system.init, jax.random.key(0), {}).params)
+    layout = layout_of(system)
+    names = {name for path in shapes for name in (layout.names(path) or ((f"no name for {path}",),))[0]}
+    factors = {name for name in names if "gamma" in name}
+    assert {"encoder.blocks.1.gamma_1", "encoder_fusion.blocks_audio.0.gamma_0", "decoder.blocks.0.gamma_2"} <= factors
+    # Two of every plain block, three of every block that looks across.
+    assert len(factors) == 2 * (2 * 2 + 2) + 3 * (2 + 2 * 2)
+    assert not [name for name in names if "q_bias" in name or "v_bias" in name or name.startswith("no name")]
 
 
 def test_tubelets_and_back() -> None:
