@@ -124,8 +124,6 @@ def system_of(case: Case) -> Hicmae:
     """The system with the case's own sizes and options. Raises UserError for an option of the released code that is not here."""
     record = case.record["config"]
     built = record["model"]
-    if record.get("target_diff_weight") is not None or record.get("frame_diff_group_size", 2) != 2:
-        raise UserError(f"{case.folder}: only pairs of frames with one plain mean of squares are known")
     if built.get("drop_path_rate"):
         raise UserError(f"{case.folder}: drop_path_rate={built['drop_path_rate']} cannot be replayed: its draws are not recorded")
     if built.get("encoder_embed_dim_audio", built["encoder_embed_dim"]) != built["encoder_embed_dim"]:
@@ -160,8 +158,10 @@ def system_of(case: Case) -> Hicmae:
         audio_mask_ratio=record["mask_ratio_audio"],
         contrastive_weight=record["loss_weight"],
         temperature=built["inter_contrastive_temperature"],
-        group_size=max(record["batch"], 1),
+        group_size=len(frames),
         frame_difference=record["use_frame_diff_as_target"],
+        difference_group=record.get("frame_diff_group_size", 2),
+        difference_weight=record.get("target_diff_weight"),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )

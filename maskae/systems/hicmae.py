@@ -26,7 +26,7 @@ from maskae.nn.positions import sinusoid
 from maskae.nn.sharding import constrain
 from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State
-from maskae.systems.hicmae_arguments import DIFFERENCE_GROUP, EPSILON, MODALITIES, HicmaeArguments
+from maskae.systems.hicmae_arguments import EPSILON, MODALITIES, HicmaeArguments
 from maskae.vectors import unit
 
 RAW_SIDE = 8
@@ -124,10 +124,25 @@ class Hicmae(HicmaeArguments):
         patches = tubelets(pixels, self.patch_size, self.tubelet)
         shape = patches.shape
         patches = standardise(patches.reshape(*shape[:2], -1, self.channels), axis=-2)  # [B, L, frames*p*p, C]
-        if self.frame_difference:
-            pairs = patches.reshape(*shape[:2], self.tubelet // DIFFERENCE_GROUP, DIFFERENCE_GROUP, -1)
-            patches = jnp.stack([pairs[..., 0, :], pairs[..., 1, :] - pairs[..., 0, :]], -2)
-        return patches.reshape(shape)
+        patches = patches.reshape(shape)
+        return self.differenced(patches) if self.frame_difference else patches
+
+    def differenced(self, patches: jax.Array) -> jax.Array:
+        """Tubelets [B, L, frames*p*p*C] in which every frame of a group but its first is less that first; groups count along the clip."""
+        batch, length, values = patches.shape
+        per_frame = values // self.tubelet
+        frames = patches.reshape(batch, self.slots("video"), -1, self.tubelet, per_frame).swapaxes(2, 3)  # [B, slots, t, places, V/t]
+        groups = frames.reshape(batch, -1, self.difference_group, frames.shape[3], per_frame)
+        groups = jnp.concatenate([groups[:, :, :1], groups[:, :, 1:] - groups[:, :, :1]], 2)
+        return groups.reshape(frames.shape).swapaxes(2, 3).reshape(batch, length, values)
+
+    def reconstruction_error(self, modality: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
+        """Mean square of predictions [B, r, V] less their targets, float32 scalar; a tubelet's two frames by `difference_weight`."""
+        error = jnp.square(prediction.astype(jnp.float32) - target)
+        if modality == "audio" or self.difference_weight is None or not self.weighs_difference:
+            return error.mean()
+        first, second = jnp.split(error, 2, -1)  # [B, r, V/2]
+        return (1 - self.difference_weight) * first.mean() + self.difference_weight * second.mean()
 
     def pooled_levels(self, encoded: dict[str, Encodings]) -> dict[str, list[jax.Array]]:
         """Each level's mean token of length 1, float32 [B, D], by modality."""
@@ -154,9 +169,8 @@ class Hicmae(HicmaeArguments):
         metrics, trivial = {}, jnp.float32(0)
         for modality in MODALITIES:
             target = take_tokens(self.target(modality, inputs[modality]), named["splits"][modality].hidden)  # [B, r, V]
-            error = named["decoded"][modality].prediction.astype(jnp.float32) - target
-            metrics[f"{modality}_loss"] = jnp.square(error).mean()
-            trivial = trivial + jnp.square(target).mean()
+            metrics[f"{modality}_loss"] = self.reconstruction_error(modality, named["decoded"][modality].prediction, target)
+            trivial = trivial + self.reconstruction_error(modality, jnp.zeros_like(target), target)
         levels = self.pooled_levels(named["encoded"])
         for level, video, audio in zip(self.levels, levels["video"], levels["audio"], strict=True):
             metrics[f"contrastive_loss_{level}"] = self.contrast(video, audio)

@@ -20,8 +20,6 @@ from maskae.systems.contract import Batch, Params, Variables
 
 MODALITIES = ("video", "audio")
 EPSILON = 1e-6
-# The targets' two frames of a group: the first, and the second less the first.
-DIFFERENCE_GROUP = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,10 @@ class HicmaeArguments:
         contrastive_weight, temperature: of the sum over levels of the contrastive losses.
         contrastive_scope: "local" contrasts within groups of `group_size` consecutive examples, the paper's batch on one device, whatever
             the devices here; "global" within the whole batch.
-        frame_difference: the second frame of every pair in a tubelet is predicted as its normalised difference from the first.
+        frame_difference: in every group of `difference_group` frames, all but the first are predicted as their normalised difference from
+            the first.
+        difference_weight: w of (1 - w) * the error of every tubelet's first frame + w * that of its second, with `frame_difference`; None
+            is the plain mean.
         mean, std: of the frames' channels in units 0..1, by which video is normalised.
         pool: what `features` calls pooled: "both", "video" or "audio".
 
@@ -79,6 +80,8 @@ class HicmaeArguments:
     contrastive_scope: str = "local"
     group_size: int = 40
     frame_difference: bool = True
+    difference_group: int = 2
+    difference_weight: float | None = None
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pool: str = "both"
@@ -106,8 +109,10 @@ class HicmaeArguments:
                 raise UserError(f"{modality}: the mask ratio hides {hidden} of {length} places")
         if self.frames % self.tubelet:
             raise UserError(f"tubelets of {self.tubelet} frames do not tile a clip of {self.frames}")
-        if self.frame_difference and self.tubelet % DIFFERENCE_GROUP:
-            raise UserError(f"frame_difference needs pairs of frames in a tubelet, which has {self.tubelet}: set frame_difference=False")
+        if self.frame_difference and (self.difference_group < 1 or self.frames % self.difference_group):
+            raise UserError(f"frame_difference: groups of difference_group={self.difference_group} do not tile a clip of {self.frames}")
+        if self.weighs_difference and self.tubelet != 2:
+            raise UserError(f"difference_weight weighs a tubelet's two frames, of which there are {self.tubelet}: set it to None")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise UserError(f"mean and std have {len(self.mean)} and {len(self.std)} numbers for {self.channels} channels")
 
@@ -117,6 +122,11 @@ class HicmaeArguments:
             raise UserError(f"levels={self.levels} must rise within the {depth} {modality} encoder layers 1..{depth}")
         if blocks - 1 > len(self.levels):
             raise UserError(f"the {modality} decoder's {blocks} blocks skip to {blocks - 1} levels, of which there are {len(self.levels)}")
+
+    @property
+    def weighs_difference(self) -> bool:
+        """Whether a tubelet's two frames count differently."""
+        return self.frame_difference and self.difference_weight is not None
 
     def sizes(self, modality: str) -> tuple[int, int]:
         """(depth, heads) of a modality's encoder."""

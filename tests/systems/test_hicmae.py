@@ -82,6 +82,21 @@ def test_zero_prediction_costs_what_the_unbiased_deviation_says() -> None:
     assert float(jnp.square(HICMAE.target("audio", INPUTS["audio"])).mean()) == pytest.approx(15 / 16, rel=1e-4)
 
 
+def test_all_frames_of_a_group_but_its_first_are_differences_and_a_weight_parts_a_tubelets_two_frames() -> None:
+    def frames(system: Hicmae) -> np.ndarray:
+        return np.asarray(untubelet(system.target("video", INPUTS["video"]), (2, 4, 4), 4, 2))
+
+    plain = frames(dataclasses.replace(HICMAE, frame_difference=False))
+    for group in (1, 2, 4):
+        expected = plain - np.where(np.arange(4) % group == 0, 0, 1)[:, None, None, None] * np.repeat(plain[:, ::group], group, 1)
+        np.testing.assert_allclose(frames(dataclasses.replace(HICMAE, difference_group=group)), expected, atol=1e-6)
+    weighted = dataclasses.replace(HICMAE, difference_weight=0.3)
+    target = HICMAE.target("video", INPUTS["video"])
+    first, second = (float(jnp.square(half).mean()) for half in jnp.split(target, 2, -1))
+    errors = [float(each.reconstruction_error("video", jnp.zeros_like(target), target)) for each in (weighted, HICMAE)]
+    assert errors == pytest.approx([0.7 * first + 0.3 * second, (first + second) / 2], rel=1e-5)
+
+
 def test_layer_scale_and_missing_biases_have_the_released_names() -> None:
     system = dataclasses.replace(HICMAE, layer_scale=0.1, qkv_bias=False)
     shapes = flatten_paths(jax.eval_shape(system.init, jax.random.key(0), {}).params)
@@ -157,7 +172,8 @@ def test_mistakes_are_refused_early() -> None:
         ({"decoder_depth": 4}, "skip to 3 levels"),
         ({"mask_ratio": 0.01}, "hides 0 of 16"),
         ({"contrastive_scope": "locl"}, "local"),
-        ({"tubelet": 1}, "frame_difference"),
+        ({"difference_group": 3}, "difference_group=3 do not tile a clip of 4"),
+        ({"difference_weight": 0.5, "tubelet": 1}, "difference_weight weighs"),
         ({"mean": (0.5,)}, "3 channels"),
     ):
         with pytest.raises(UserError, match=words):
