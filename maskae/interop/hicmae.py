@@ -162,6 +162,7 @@ def system_of(case: Case) -> Hicmae:
         frame_difference=record["use_frame_diff_as_target"],
         difference_group=record.get("frame_diff_group_size", 2),
         difference_weight=record.get("target_diff_weight"),
+        epsilon=record.get("norm_eps", 1e-6),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )

@@ -26,7 +26,7 @@ from maskae.nn.positions import sinusoid
 from maskae.nn.sharding import constrain
 from maskae.panels import panel_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State
-from maskae.systems.hicmae_arguments import EPSILON, MODALITIES, HicmaeArguments
+from maskae.systems.hicmae_arguments import MODALITIES, HicmaeArguments
 from maskae.vectors import unit
 
 RAW_SIDE = 8
@@ -89,7 +89,7 @@ class Hicmae(HicmaeArguments):
         if seen is not None:
             tokens = constrain(take_tokens(tokens, seen), "batch")  # [B, n, D]
         encoded: Any = encoder.apply({"params": own}, tokens, draws, collect=True, method="encode")
-        norm = LayerNorm(EPSILON, jnp.dtype(self.dtype))
+        norm = LayerNorm(self.epsilon, jnp.dtype(self.dtype))
         layers: list[Any] = [norm.apply({"params": own["norm"]}, encoded.blocks[i]) for i in range(encoder.depth)]
         return Encodings(layers[-1], layers, encoded.blocks)
 

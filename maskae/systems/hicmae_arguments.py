@@ -19,7 +19,6 @@ from maskae.nn.vit import TOKEN_STD, ViTEncoder
 from maskae.systems.contract import Batch, Params, Variables
 
 MODALITIES = ("video", "audio")
-EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class HicmaeArguments:
             is the plain mean.
         mean, std: of the frames' channels in units 0..1, by which video is normalised.
         pool: what `features` calls pooled: "both", "video" or "audio".
+        epsilon: of every layer norm.
 
     Raises:
         UserError: where the sizes do not fit together or a name is unknown.
@@ -85,6 +85,7 @@ class HicmaeArguments:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pool: str = "both"
+    epsilon: float = 1e-6
     dtype: str = "float32"
     scan: bool = False
     remat: str = "none"
@@ -176,7 +177,7 @@ class HicmaeArguments:
     @property
     def compute(self) -> dict[str, Any]:
         """How blocks compute."""
-        return {"epsilon": EPSILON, "dtype": jnp.dtype(self.dtype), "remat": self.remat, "attention": self.attention}
+        return {"epsilon": self.epsilon, "dtype": jnp.dtype(self.dtype), "remat": self.remat, "attention": self.attention}
 
     def encoder(self, modality: str) -> ViTEncoder:
         """A modality's encoder; no CLS token, positions are added outside."""

@@ -26,7 +26,7 @@ from maskae.nn.transfer import adopt_parameters
 from maskae.nn.vit import ViTEncoder
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.hicmae import Both, Hicmae
-from maskae.systems.hicmae_arguments import EPSILON, MODALITIES
+from maskae.systems.hicmae_arguments import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class HicmaeClassifier(Hicmae):
             layers = jnp.zeros((1, self.sizes(modality)[0], self.width))
             params[f"{modality}_sum"] = LayerSum().init(head_key, layers)["params"]
         width = self.feature_width
-        params["fc_norm"] = LayerNorm(EPSILON).init(head_key, jnp.zeros((1, width)))["params"]
+        params["fc_norm"] = LayerNorm(self.epsilon).init(head_key, jnp.zeros((1, width)))["params"]
         kernel = xavier(head_key, (width, self.num_classes), jnp.float32)
         return Variables(params | {"head": {"kernel": kernel, "bias": jnp.zeros(self.num_classes)}}, {})
 
@@ -137,7 +137,7 @@ class HicmaeClassifier(Hicmae):
         if self.branches == "both":
             fused = self.fuse(params, encoded["video"].tokens, encoded["audio"].tokens)
             parts += [stream.astype(jnp.float32).mean(1) for stream in (fused.video, fused.audio)]
-        feature: Any = LayerNorm(EPSILON).apply({"params": params["fc_norm"]}, jnp.concatenate(parts, -1))
+        feature: Any = LayerNorm(self.epsilon).apply({"params": params["fc_norm"]}, jnp.concatenate(parts, -1))
         return feature, feature @ params["head"]["kernel"] + params["head"]["bias"]
 
     def augmented(self, inputs: Both, batch: Batch, rng: jax.Array) -> tuple[Both, jax.Array | None]:
