@@ -8,9 +8,14 @@ import jax.numpy as jnp
 SMALLEST_NORM = 1e-12
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 where it is that already (reference computations)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
-    """float32 of x's shape, of length 1 along the axis; a zero vector stays zero, with gradient zero."""
-    wide = x.astype(jnp.float32)
+    """At least float32, of x's shape and of length 1 along the axis; a zero vector stays zero, with gradient zero."""
+    wide = at_least_float32(x)
     square = jnp.square(wide).sum(axis, keepdims=True)
     # The root of 0 has an infinite slope, and infinity times 0 is NaN: no root is taken there.
     positive = square > 0
@@ -19,8 +24,8 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def standardise(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
-    """[..., D] -> [..., D] in at least float32, of mean 0 and mean square 1 (less by epsilon / variance) along the last axis."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """[..., D] -> at least float32 [..., D] of mean 0 and mean square 1 (less by epsilon / variance) along the last axis."""
+    wide = at_least_float32(x)
     centred = wide - wide.mean(-1, keepdims=True)
     # The two-pass variance: E[x^2] - E[x]^2 loses the digits that parity needs.
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)

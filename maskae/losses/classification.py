@@ -1,15 +1,16 @@
-"""Classification losses; the softmax is computed in float32."""
+"""Classification losses; the softmax is computed in float32 at least."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+
+from maskae.vectors import at_least_float32
 
 
 def soft_target_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Mean over the batch of -sum_k t_k log p_k. `logits` and `targets` [B, K], rows of `targets` sum to 1 (mixup, cutmix)."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -(targets.astype(jnp.float32) * log_probabilities).sum(-1).mean()
+    log_probabilities = jax.nn.log_softmax(at_least_float32(logits))
+    return -(at_least_float32(targets) * log_probabilities).sum(-1).mean()
 
 
 def label_smoothing_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.1) -> jax.Array:

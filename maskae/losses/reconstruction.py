@@ -5,13 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from maskae.vectors import at_least_float32
+
 
 def patch_statistics(patches: jax.Array, epsilon: float = 1e-6) -> tuple[jax.Array, jax.Array]:
-    """Mean and sqrt(variance + epsilon) of each patch [..., V] -> two of float32 [..., 1].
+    """Mean and sqrt(variance + epsilon) of each patch [..., V] -> two of at least float32 [..., 1].
 
     The variance is the unbiased one (divided by V - 1), as in the released MAE code; `jnp.var` divides by V.
     """
-    patches = patches.astype(jnp.float32)
+    patches = at_least_float32(patches)
     mean = patches.mean(-1, keepdims=True)
     variance = patches.var(-1, keepdims=True, ddof=1)
     return mean, jnp.sqrt(variance + epsilon)
@@ -20,28 +22,28 @@ def patch_statistics(patches: jax.Array, epsilon: float = 1e-6) -> tuple[jax.Arr
 def normalise_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """Each patch [..., V] minus its mean, over its standard deviation: the target of MAE's `norm_pix_loss` (He et al. 2022, section 3)."""
     mean, deviation = patch_statistics(patches, epsilon)
-    return (patches.astype(jnp.float32) - mean) / deviation
+    return (at_least_float32(patches) - mean) / deviation
 
 
 def standardise(values: jax.Array, axis: int = -1, epsilon: float = 1e-6) -> jax.Array:
-    """Values less their mean over `axis`, over their unbiased standard deviation + epsilon; float32.
+    """Values less their mean over `axis`, over their unbiased standard deviation + epsilon; at least float32.
 
     VideoMAE's and AudioMAE's target: epsilon stands OUTSIDE the root, unlike in `normalise_patches`.
     """
-    values = values.astype(jnp.float32)
+    values = at_least_float32(values)
     centred = values - values.mean(axis, keepdims=True)
     return centred / (jnp.sqrt(jnp.square(centred).sum(axis, keepdims=True) / (values.shape[axis] - 1)) + epsilon)
 
 
 def masked_mean_squared_error(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Squared error averaged over a patch's values, then over the removed patches of the whole batch; float32 scalar.
+    """Squared error averaged over a patch's values, then over the removed patches of the whole batch; at least a float32 scalar.
 
     Args:
         prediction: [B, L, V].
         target: [B, L, V].
         mask: [B, L], 1 = removed. Kept patches do not count.
     """
-    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)).mean(-1)  # [B, L]
+    error = jnp.square(at_least_float32(prediction) - at_least_float32(target)).mean(-1)  # [B, L]
     mask = mask.astype(jnp.float32)
     return (error * mask).sum() / mask.sum()
 

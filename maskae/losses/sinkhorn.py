@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from maskae.vectors import at_least_float32
+
 
 def sinkhorn(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3) -> jax.Array:
     """Codes of a batch: exp(scores / epsilon) scaled in turn to equal totals of prototypes and of samples, samples last.
@@ -15,11 +17,11 @@ def sinkhorn(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3) -> j
         iterations: of both scalings.
 
     Returns:
-        float32 [B, K] without gradient; rows sum to 1, columns to B / K after many iterations.
+        at least float32 [B, K] without gradient; rows sum to 1, columns to B / K after many iterations.
     """
     samples, prototypes = scores.shape
     # In logarithms: exp(1 / 0.05) would still fit into float32, but not with a smaller epsilon.
-    log_codes = jax.lax.stop_gradient(scores).astype(jnp.float32) / epsilon
+    log_codes = at_least_float32(jax.lax.stop_gradient(scores)) / epsilon
     for _ in range(iterations):
         log_codes = log_codes - jax.nn.logsumexp(log_codes, 0, keepdims=True) - jnp.log(float(prototypes))
         log_codes = log_codes - jax.nn.logsumexp(log_codes, 1, keepdims=True) - jnp.log(float(samples))

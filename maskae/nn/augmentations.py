@@ -18,7 +18,7 @@ from jax import Array
 
 from maskae.data.device import flip
 from maskae.errors import UserError, check_choice
-from maskae.nn.batch_norm import at_least_float32
+from maskae.vectors import at_least_float32
 
 __all__ = [
     "color_jitter",

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskae.vectors import at_least_float32
+
 STATISTICS = "batch_stats"
 
 
@@ -24,11 +26,6 @@ class Moments(NamedTuple):
     mean: jax.Array
     variance: jax.Array
     positions: jax.Array
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """`x` in float32, or in float64 where it is that already (reference computations)."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:

@@ -20,6 +20,7 @@ from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.layers import drop_path
 from maskae.nn.sharding import constrain
 from maskae.nn.sparse_conv import masked, max_pool, visible_at
+from maskae.vectors import at_least_float32
 
 BLOCKS = ("bottleneck", "basic")
 STEMS = ("imagenet", "small")
@@ -84,8 +85,8 @@ class Pyramid(NamedTuple):
 
     @property
     def pooled(self) -> jax.Array:
-        """The mean over the positions of the last map, float32 [B, C]."""
-        return self.maps[-1].astype(jnp.float32).mean((1, 2))
+        """The mean over the positions of the last map, at least float32 [B, C]."""
+        return at_least_float32(self.maps[-1]).mean((1, 2))
 
 
 def conv(style: Style, channels: int, window: int, stride: int = 1, *, name: str) -> nn.Conv:

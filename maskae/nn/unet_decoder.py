@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice
-from maskae.nn.batch_norm import BatchNorm, at_least_float32
+from maskae.nn.batch_norm import BatchNorm
 from maskae.nn.layers import LayerNorm
 from maskae.nn.sharding import constrain
 from maskae.nn.sparse_conv import masked, visible_at
+from maskae.vectors import at_least_float32
 
 DENSIFY_NORMS = ("bn", "ln", "none")
 

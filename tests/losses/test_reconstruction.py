@@ -63,3 +63,10 @@ def test_zero_prediction_costs_the_share_of_patches_that_are_not_constant_on_dig
     images, _ = train_test_split(digits.images, test_size=360, stratify=digits.target, random_state=0)
     images = (images - images.mean()) / images.std()
     assert trivial_loss(images[..., None], 2) == pytest.approx(0.5442, abs=1e-4)
+
+
+def test_a_constant_patch_has_a_target_of_zero_in_double_precision() -> None:
+    with jax.enable_x64(True):
+        # A value whose sum float32 rounds; over the root of 1e-6 that would be 1e-5 and more.
+        target = normalise_patches(jnp.full((1, 3072), -1.986328125 / 3))
+        assert target.dtype == jnp.float64 and float(jnp.abs(target).max()) < 1e-9
