@@ -31,7 +31,7 @@ class SparK(CnnArguments):
 
     Args:
         mask_ratio: share of hidden cells; a cell is as large as the encoder's reduction (32 pixels), and round(L * (1 - ratio)) are kept.
-        decoder_width: channels of the UNet at the coarsest level; they halve at each of its blocks.
+        decoder_width: channels of the UNet at the coarsest level; they halve, rounded down, at each of its blocks.
         densify_norm: "bn", "ln" or "none"; None takes "ln" for ConvNeXt and "bn" for residual networks.
 
     Raises:
@@ -52,7 +52,7 @@ class SparK(CnnArguments):
         super().__post_init__()
         if self.densify_norm is not None:
             check_choice("densify_norm", self.densify_norm, DENSIFY_NORMS)
-        if self.decoder_width % 2 ** doublings(self.cell):
+        if self.decoder_width < 2 ** doublings(self.cell):
             raise UserError(f"decoder_width={self.decoder_width} does not halve {doublings(self.cell)} times")
         if any(side % self.cell for side in self._pixels):
             raise UserError(f"image_size={self.image_size} is no multiple of {self.cell}, the side of a cell")

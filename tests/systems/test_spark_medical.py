@@ -52,6 +52,8 @@ def test_sizes_and_flops_of_the_paper() -> None:
     batch = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)}
     assert paper.forward_flops(batch) / 2e9 == pytest.approx(16.4, abs=0.05)
     assert paper.kept((7, 7)) == 20
+    odd = jax.eval_shape(SparK(decoder_width=50).init, jax.random.key(0), {}).params["decoder"]
+    assert [odd[f"block{i}"]["conv2"]["kernel"].shape[2:] for i in range(5)] == [(50, 25), (25, 12), (12, 6), (6, 3), (3, 1)]
     assert paper.decoder(False).densify_norm == "bn" and SparK(network="convnext_small").decoder(False).densify_norm == "ln"
 
 
@@ -116,7 +118,7 @@ def test_features_and_panels() -> None:
         ({"network": "resnet19"}, "unknown network 'resnet19' \\(did you mean 'resnet18'"),
         ({"image_size": 36}, "image_size=36 is no multiple of 8"),
         ({"mask_ratio": 0.99}, "mask_ratio=0.99 keeps 0 of 16 cells"),
-        ({"decoder_width": 12}, "decoder_width=12 does not halve 3 times"),
+        ({"decoder_width": 6}, "decoder_width=6 does not halve 3 times"),
         ({"densify_norm": "bm"}, "unknown densify_norm 'bm'"),
         ({"mean": (0.1, 0.2)}, "mean has 2 values for images of 1 channels"),
         ({"drop_path": 1.0}, "drop_path=1.0: must be in [[]0, 1[)]"),
