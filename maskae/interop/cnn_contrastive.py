@@ -68,13 +68,13 @@ def encoder_template(case: Case, name: str) -> tuple[dict[str, Any], dict[str, A
 
 
 def with_norms(grads: Any, layout: Layout) -> dict[str, Reproduced]:
-    """`grad/<name>` and `gradnorm/<name>` of every parameter."""
+    """`grad/<name>` and `gradnorm/<name>` of every parameter; gradients in float64."""
     found = {}
     for name, value in foreign_names(grads, layout).items():
         norm = np.linalg.norm(value.astype(np.float64).ravel())
         # A bias whose outputs are batch-normalised has the gradient 0; what is recorded is rounding.
         absolute, note = (1e-12, "its true gradient is 0: a batch norm follows") if norm < 1e-12 else (0.0, "")
-        found[f"grad/{name}"] = Reproduced(value, GRADIENT)
+        found[f"grad/{name}"] = Reproduced(value, GRADIENT, absolute, note=note)
         found[f"gradnorm/{name}"] = Reproduced(norm, GRADIENT, absolute, note=note)
     return found
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskae.interop.case import GRADIENT, Case, Reproduced, exact
+from maskae.interop.case import Case, Reproduced, exact
 from maskae.interop.cnn import foreign_names, load, spark
-from maskae.interop.cnn_contrastive import replay_contrastive
+from maskae.interop.cnn_contrastive import replay_contrastive, with_norms
 from maskae.interop.layout import Layout
 from maskae.losses.reconstruction import normalise_patches, patch_statistics
 from maskae.nn.patches import patchify
@@ -22,7 +22,9 @@ from maskae.systems.spark_medical import SparK
 def spark_of(options: dict[str, Any], channels: int) -> SparK:
     """The system with the recorded options of its section."""
     shared: dict[str, Any] = {"image_size": options["input_size"], "channels": channels, "decoder_width": options["decoder_width"]}
-    shared |= {"mask_ratio": options["mask_ratio"], "densify_norm": {"": "none"}.get(options["densify_norm"], options["densify_norm"])}
+    # The released code takes every other word for no norm.
+    norm = str(options["densify_norm"]).lower()
+    shared |= {"mask_ratio": options["mask_ratio"], "densify_norm": norm if norm in ("bn", "ln") else "none"}
     shared |= {"mean": (0.0,), "std": (1.0,), "drop_path": 0.0, "dtype": "float64"}
     if options["encoder"] == "convnext":
         sizes: dict[str, Any] = {"network": "convnext_tiny", "layers": tuple(options["depths"]), "widths": tuple(options["dims"])}
@@ -74,10 +76,7 @@ def replay_spark(case: Case, section: str, prefix: str, *, whole: bool = True) -
     # The prefix comes before "train/" there and before the layer's name in the weights.
     for name, value in foreign_names(moved, layout).items():
         found[f"{prefix}train/after/{name.removeprefix(prefix)}"] = Reproduced(value)
-    for name, value in foreign_names(grads, layout).items():
-        found[f"grad/{name}"] = Reproduced(value, GRADIENT)
-        found[f"gradnorm/{name}"] = Reproduced(np.linalg.norm(value.astype(np.float64).ravel()), GRADIENT)
-    return found
+    return found | with_norms(grads, layout)
 
 
 def replay_patches(system: SparK, images: jax.Array, named: dict[str, Any], prefix: str) -> dict[str, Reproduced]:

@@ -13,7 +13,16 @@ import pytest
 
 from maskae.errors import UserError
 from maskae.interop.case import Case
-from maskae.interop.cnn_contrastive import replay_byol, replay_moco, replay_optimizers, replay_schedules, replay_simclr, replay_slices
+from maskae.interop.cnn_contrastive import (
+    byol_layout,
+    replay_byol,
+    replay_moco,
+    replay_optimizers,
+    replay_schedules,
+    replay_simclr,
+    replay_slices,
+    with_norms,
+)
 from maskae.interop.parity import compare
 from maskae.losses.sinkhorn import sinkhorn
 from maskae.nn.heads import cosine_momentum
@@ -152,6 +161,15 @@ def test_words_and_numbers_that_cannot_work_are_named() -> None:
         SimClr(**NET, temperature=0)
     with pytest.raises(UserError, match="total_steps=0"):
         Byol(**NET, total_steps=0)
+
+
+def test_a_gradient_that_is_rounding_may_differ_by_rounding() -> None:
+    grads = {"encoder": {"lin": {"kernel": np.ones((2, 3)), "bias": np.full(3, 1e-18)}}}
+    found = with_norms(grads, byol_layout("online_network"))
+    for name in ("grad/byol.online_network.encoder.lin.bias", "gradnorm/byol.online_network.encoder.lin.bias"):
+        assert compare(name, -3 * np.asarray(found[name].value), found[name]).agrees
+    name = "gradnorm/byol.online_network.encoder.lin.weight"
+    assert not compare(name, 1.001 * np.asarray(found[name].value), found[name]).agrees
 
 
 def test_the_recorded_parts_of_the_comparison_are_reproduced(shared: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from maskae.errors import UserError
 from maskae.interop.case import Case
 from maskae.interop.parity import compare
-from maskae.interop.spark_medical import leading, replay_spark
+from maskae.interop.spark_medical import leading, replay_spark, spark_of
 from maskae.masking import draw_noise
 from maskae.nn.patches import patchify
 from maskae.nn.sparse_conv import visible_at
@@ -55,6 +55,12 @@ def test_sizes_and_flops_of_the_paper() -> None:
     odd = jax.eval_shape(SparK(decoder_width=50).init, jax.random.key(0), {}).params["decoder"]
     assert [odd[f"block{i}"]["conv2"]["kernel"].shape[2:] for i in range(5)] == [(50, 25), (25, 12), (12, 6), (6, 3), (3, 1)]
     assert paper.decoder(False).densify_norm == "bn" and SparK(network="convnext_small").decoder(False).densify_norm == "ln"
+
+
+@pytest.mark.parametrize(("word", "norm"), [("BN", "bn"), ("ln", "ln"), ("", "none"), ("identity", "none")])
+def test_every_other_word_of_a_case_is_no_densify_norm(word: str, norm: str) -> None:
+    options = {"encoder": "resnet", "block": "BasicBlock", "layers": [1, 1], "channels": [4, 6], "input_size": 32, "decoder_width": 8}
+    assert spark_of(options | {"mask_ratio": 0.6, "densify_norm": word}, 3).densify_norm == norm
 
 
 def test_as_many_cells_are_seen_in_every_image_and_hidden_pixels_have_no_influence() -> None:
