@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.data.slices import hounsfield_units, stretch
+from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.cnn import batch_norm, foreign_names, load, resnet
 from maskae.interop.layout import LINEAR, Layout, Rule
@@ -171,6 +172,8 @@ def swav_of(case: Case) -> Swav:
     """The system with the recorded options."""
     options = case.record["config"]["swav"]
     weights = case.weights
+    if "swav.prototypes.weight" not in weights:
+        raise UserError(f"{case.folder}: nmb_prototypes={options['nmb_prototypes']} cannot be replayed: it is not one matrix of prototypes")
     stages = range(1, len(options["layers"]) + 1)
     width = tuple(weights[f"swav.layer{i}.0.conv1.weight"].shape[0] for i in stages)
     # The released network scales inner widths by width_per_group / 64 once more, the outer ones not.
@@ -187,29 +190,27 @@ def swav_of(case: Case) -> Swav:
         temperature=options["temperature"],
         epsilon=options["epsilon"],
         iterations=options["sinkhorn_iterations"],
-        small_size=options["sizes"][1],
-        small_crops=options["nmb_crops"][1],
+        small_size=options["sizes"][-1],
+        small_crops=sum(options["nmb_crops"][1:]),
         freeze_prototypes=0,
         dtype="float64",
     )
 
 
-SWAV_LAYOUT = Layout(
-    (
-        *resnet("encoder/", "swav."),
-        *linear("projector/fc1", "swav.projection_head.0"),
-        *batch_norm("projector/norm", "swav.projection_head.1"),
-        *linear("projector/fc2", "swav.projection_head.3"),
-        Rule("prototypes/kernel", ("swav.prototypes.weight",), LINEAR),
-    )
-)
+def swav_layout(hidden: int) -> Layout:
+    """Names of the network whose head has so many channels inside; 0 is a linear head."""
+    head = "swav.projection_head"
+    rules = [*resnet("encoder/", "swav."), *linear("projector/fc1", f"{head}.0"), *batch_norm("projector/norm", f"{head}.1")]
+    rules += [*linear("projector/fc2", f"{head}.3" if hidden else head), Rule("prototypes/kernel", ("swav.prototypes.weight",), LINEAR)]
+    return Layout(tuple(rules))
 
 
 def replay_swav(case: Case) -> dict[str, Reproduced]:
     """Embeddings, scores, codes, loss and gradients of all crops, and the codes with a queue before the batch."""
     system = swav_of(case)
+    layout = swav_layout(system.hidden)
     template = jax.eval_shape(system.init, jax.random.key(0), {})
-    params, state = (load(case.weights, tree, SWAV_LAYOUT, "swav") for tree in template)
+    params, state = (load(case.weights, tree, layout, "swav") for tree in template)
     crops = [images_of(case, f"swav/crop{i}") for i in range(sum(case.record["config"]["swav"]["nmb_crops"]))]
 
     def run(params: Params) -> tuple[jax.Array, Any]:
@@ -226,7 +227,7 @@ def replay_swav(case: Case) -> dict[str, Reproduced]:
         queued = jnp.asarray(case.inputs["swav/queue_embeddings"], float) @ unit_kernel
         scores = jnp.concatenate([queued, clustered.scores[:batch]])
         found["codes_crop0_with_queue"] = sinkhorn(scores, system.epsilon, system.iterations)[-batch:]
-    return {f"swav/{name}": Reproduced(value) for name, value in found.items()} | with_norms(grads, SWAV_LAYOUT)
+    return {f"swav/{name}": Reproduced(value) for name, value in found.items()} | with_norms(grads, layout)
 
 
 def replay_simclr(case: Case) -> dict[str, Reproduced]:

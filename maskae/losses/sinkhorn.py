@@ -25,4 +25,4 @@ def sinkhorn(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3) -> j
     for _ in range(iterations):
         log_codes = log_codes - jax.nn.logsumexp(log_codes, 0, keepdims=True) - jnp.log(float(prototypes))
         log_codes = log_codes - jax.nn.logsumexp(log_codes, 1, keepdims=True) - jnp.log(float(samples))
-    return jnp.exp(log_codes) * samples
+    return jax.nn.softmax(log_codes, 1)

@@ -37,7 +37,7 @@ class Swav(ContrastiveCnn):
     """Arguments beside those of `ContrastiveCnn`.
 
     Args:
-        hidden, outputs: channels inside and after the projection head.
+        hidden, outputs: channels inside and after the projection head; hidden=0 is a linear head.
         prototypes: number of clusters.
         epsilon, iterations: of the Sinkhorn assignment.
         small_crops: number of small crops beside the two large ones.
@@ -59,8 +59,8 @@ class Swav(ContrastiveCnn):
 
     @property
     def head(self) -> ProjectionHead:
-        """Linear, batch norm, ReLU, linear; thrown away after pre-training."""
-        return ProjectionHead(self.outputs, self.hidden, norm=True, dtype=jnp.dtype(self.dtype))
+        """Linear, batch norm, ReLU, linear, or linear alone; thrown away after pre-training."""
+        return ProjectionHead(self.outputs, self.hidden or None, norm=True, dtype=jnp.dtype(self.dtype))
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Fresh parameters; the batch is not read."""

@@ -21,6 +21,8 @@ from maskae.interop.cnn_contrastive import (
     replay_schedules,
     replay_simclr,
     replay_slices,
+    swav_layout,
+    swav_of,
     with_norms,
 )
 from maskae.interop.parity import compare
@@ -108,6 +110,24 @@ def test_swav_prototypes_wait_and_have_unit_length() -> None:
     assert float(jnp.abs(waiting["prototypes"]["kernel"]).max()) == 0 < float(jnp.abs(learning["prototypes"]["kernel"]).max())
     longer = {**variables.params, "prototypes": {"kernel": 5 * variables.params["prototypes"]["kernel"]}}
     assert float(run(longer, jnp.int32(1))[0]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_swav_case_may_have_a_linear_head_one_size_of_crops_or_three() -> None:
+    options = {"layers": [1], "sizes": [32], "nmb_crops": [2], "hidden_mlp": 0, "output_dim": 3, "nmb_prototypes": 6, "temperature": 0.1}
+    options |= {"epsilon": 0.05, "sinkhorn_iterations": 3}
+    kernels = {"conv1": (2, 4, 1, 1), "conv3": (8, 2, 1, 1)}
+    weights = {f"swav.layer1.0.{name}.weight": np.zeros(shape) for name, shape in kernels.items()}
+    weights |= {"swav.conv1.weight": np.zeros((4, 3, 7, 7)), "swav.prototypes.weight": np.zeros((6, 3))}
+    case = Case(Path("case"), {"config": {"swav": options}}, weights, {}, {})
+    linear = swav_of(case)
+    with jax.enable_x64(True):
+        assert linear.small_crops == 0 and set(jax.eval_shape(linear.init, KEY, {}).params["projector"]) == {"fc2"}
+    assert swav_layout(0).names("projector/fc2/kernel")[0] == ("swav.projection_head.weight",)
+    assert swav_layout(5).names("projector/fc2/kernel")[0] == ("swav.projection_head.3.weight",)
+    three = {"config": {"swav": options | {"sizes": [32, 24, 16], "nmb_crops": [2, 2, 3]}}}
+    assert swav_of(dataclasses.replace(case, record=three)).small_crops == 5
+    with pytest.raises(UserError, match="nmb_prototypes=6 cannot be replayed"):
+        swav_of(dataclasses.replace(case, weights={name: value for name, value in weights.items() if "prototypes" not in name}))
 
 
 def test_sinkhorn_balances_samples_and_prototypes() -> None:
