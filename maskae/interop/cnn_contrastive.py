@@ -135,13 +135,22 @@ def byol_layout(who: str, prefix: str = "byol.") -> Layout:
     return Layout(tuple(rules))
 
 
+def byol_momentum(case: Case) -> tuple[int, float]:
+    """Steps of the run and the target's momentum at its start, from what is said of the outputs that depend on them."""
+    if "byol/tau_by_global_step" in case.outputs:
+        steps, momentum = numbers_of(case.meaning("byol/tau_by_global_step"), r"max_steps (\d+), initial_tau (\d*\.?\d+)")
+        return int(steps), momentum
+    averaged = [name for name in case.meanings if name.startswith("byol/target_after_ema/")]
+    # The whole run has no influence on its first step.
+    return 1, numbers_of(case.meaning(averaged[0]), r"tau (\d*\.?\d+)")[0] if averaged else Byol.momentum
+
+
 def replay_byol(case: Case) -> dict[str, Reproduced]:
     """Both directions of the loss, gradients, the target after one average, and its momentum over a run."""
     options = case.record["config"]["byol"]
-    meaning = case.meaning("byol/tau_by_global_step")
-    steps, momentum = numbers_of(meaning, r"max_steps (\d+), initial_tau ([\d.]+)")
+    steps, momentum = byol_momentum(case)
     sizes = {"hidden": options["projector_hidden_size"], "outputs": options["projector_out_dim"]}
-    system = ToyByol(**sizes, dtype="float64", momentum=momentum, total_steps=int(steps))
+    system = ToyByol(**sizes, dtype="float64", momentum=momentum, total_steps=steps)
     loaded = {}
     for who in ("online_network", "target_network"):
         params, statistics = encoder_template(case, f"byol.{who}.encoder.")
@@ -162,7 +171,8 @@ def replay_byol(case: Case) -> dict[str, Reproduced]:
     (loss, compared), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     averaged = foreign_names(system.target_params(params, state, jnp.asarray(1)), byol_layout("", ""))
     found = {"loss_a": compared.first, "loss_b": compared.second, "loss": loss}
-    found["tau_by_global_step"] = cosine_momentum(jnp.arange(len(case.outputs["byol/tau_by_global_step"])), momentum, steps)
+    if "byol/tau_by_global_step" in case.outputs:
+        found["tau_by_global_step"] = cosine_momentum(jnp.arange(len(case.outputs["byol/tau_by_global_step"])), momentum, steps)
     found |= {f"target_after_ema/{name}": value for name, value in averaged.items()}
     replayed = {f"byol/{name}": Reproduced(value) for name, value in found.items()}
     return replayed | with_norms(grads, byol_layout("online_network"))

@@ -15,6 +15,7 @@ from maskae.errors import UserError
 from maskae.interop.case import Case
 from maskae.interop.cnn_contrastive import (
     byol_layout,
+    byol_momentum,
     replay_byol,
     replay_moco,
     replay_optimizers,
@@ -181,6 +182,20 @@ def test_words_and_numbers_that_cannot_work_are_named() -> None:
         SimClr(**NET, temperature=0)
     with pytest.raises(UserError, match="total_steps=0"):
         Byol(**NET, total_steps=0)
+
+
+def case_of(meanings: dict[str, str], inputs: dict[str, np.ndarray], stored: str = "") -> Case:
+    """A case whose outputs are nothing but what is said of them, of length 31; `stored` is said of the input `ct/raw`."""
+    outputs = {name: {"meaning": meaning} for name, meaning in meanings.items()}
+    tensors = {"outputs.safetensors": outputs, "inputs.safetensors": {"ct/raw": {"meaning": stored}}}
+    return Case(Path("case"), {"tensors": tensors}, {}, inputs, {name: np.zeros(31) for name in meanings})
+
+
+def test_byols_momentum_is_found_where_its_rise_is_not_recorded() -> None:
+    rise = {"byol/tau_by_global_step": "over global_step 0..40 with max_steps 40, initial_tau .99"}
+    assert byol_momentum(case_of(rise, {})) == (40, 0.99)
+    assert byol_momentum(case_of({"byol/target_after_ema/encoder.lin.bias": "one EMA update with tau .98 (no step)"}, {})) == (1, 0.98)
+    assert byol_momentum(case_of({"byol/loss": "sum"}, {})) == (1, 0.996)
 
 
 def test_a_gradient_that_is_rounding_may_differ_by_rounding() -> None:
