@@ -21,7 +21,14 @@ from maskae.losses.sinkhorn import sinkhorn
 from maskae.nn.batch_norm import STATISTICS, BatchNorm
 from maskae.nn.heads import cosine_momentum
 from maskae.optim import Optimizer, clip_by_global_norm, make_optimizer
-from maskae.schedules import cosine_between, warmup_constant, warmup_cosine, warmup_cosine_inclusive, warmup_cosine_periodic
+from maskae.schedules import (
+    cosine_between,
+    warmup_constant,
+    warmup_cosine,
+    warmup_cosine_inclusive,
+    warmup_cosine_periodic,
+    warmup_linear,
+)
 from maskae.systems.byol import Byol
 from maskae.systems.contract import Params, State
 from maskae.systems.moco_v2 import MocoV2
@@ -306,6 +313,8 @@ def replay_schedules(case: Case) -> dict[str, Reproduced]:
         elif name == "swav_factor":
             warmup, total = numbers_of(meaning, r"warmup_steps=(\d+), total_steps=(\d+)")
             schedule = warmup_cosine(1.0, 0.0, warmup, total)
+            if "cosine=False" in meaning:
+                schedule = warmup_linear(1.0, 0.0, warmup, total) if "linear=True" in meaning else warmup_constant(1.0, warmup)
         else:
             warmup, total, peak = numbers_of(meaning, r"warmup_epochs=(\d+), max_epochs=(\d+)\), base ([\d.e-]+)")
             schedule = warmup_cosine_periodic(peak, int(warmup), total)
@@ -318,7 +327,9 @@ def replay_slices(case: Case) -> dict[str, Reproduced]:
     """From stored values to Hounsfield units to the 8-bit picture."""
     slope, intercept = numbers_of(case.meaning("ct/hu"), r"slope ([-\d.]+), intercept ([-\d.]+)")
     (padding,) = numbers_of(case.record["tensors"]["inputs.safetensors"]["ct/raw"]["meaning"], r"(-?\d+) marks padding")
-    units = hounsfield_units(case.inputs["ct/raw"], slope, intercept, padding)
+    units = hounsfield_units(case.inputs["ct/raw"], slope, 0, padding)
+    # The released code cuts what a slope makes of whole numbers, and the intercept, to whole numbers.
+    units = np.trunc(units) + np.trunc(intercept)
     mapped = stretch(units)
     return {"ct/hu": exact(units), "ct/mapped": Reproduced(mapped), "ct/png": exact(np.rint(mapped).astype(np.uint8))}
 

@@ -191,6 +191,19 @@ def case_of(meanings: dict[str, str], inputs: dict[str, np.ndarray], stored: str
     return Case(Path("case"), {"tensors": tensors}, {}, inputs, {name: np.zeros(31) for name in meanings})
 
 
+def test_a_slope_gives_whole_hounsfield_units_cut_towards_zero() -> None:
+    case = case_of({"ct/hu": "slope 1.5, intercept -1000"}, {"ct/raw": np.asarray([[-2000, -3, 1, 7]])}, "-2000 marks padding")
+    np.testing.assert_array_equal(replay_slices(case)["ct/hu"].value, [[-1000, -1004, -999, -990]])
+
+
+@pytest.mark.parametrize(("words", "middle"), [("cosine=True", 0.5), ("cosine=False, linear=True", 0.5), ("cosine=False", 1.0)])
+def test_swavs_factor_after_the_warm_up_is_a_cosine_a_line_or_constant(words: str, middle: float) -> None:
+    case = case_of({"schedule/swav_factor": f"linear_warmup_decay(warmup_steps=10, total_steps=30, {words})"}, {})
+    factor = replay_schedules(case)["schedule/swav_factor"].value
+    assert factor[5] == pytest.approx(0.5) and factor[20] == pytest.approx(middle, abs=1e-6)
+    assert (factor[15] == pytest.approx(0.75)) == ("linear" in words)
+
+
 def test_byols_momentum_is_found_where_its_rise_is_not_recorded() -> None:
     rise = {"byol/tau_by_global_step": "over global_step 0..40 with max_steps 40, initial_tau .99"}
     assert byol_momentum(case_of(rise, {})) == (40, 0.99)
