@@ -17,7 +17,7 @@ from maskae.data.spec import DataSpec
 from maskae.errors import UserError
 from maskae.interop.case import Case
 from maskae.interop.parity import compare
-from maskae.interop.tip import LAYOUT, load, replay_forward, split_pairs, system_of
+from maskae.interop.tip import replay_forward, system_of, variables_of
 from maskae.losses.tables import cell_losses, hard_negatives, matching_loss, negative_weights
 from maskae.nn.tables import CellPredictor, TableEncoder
 from maskae.systems.contract import System, Variables
@@ -256,12 +256,9 @@ def test_wrong_data_is_named() -> None:
 
 def test_agrees_with_the_released_code(shared) -> None:
     case = Case.read(shared / "goldens" / "tip" / "a")
-    system, tensors = system_of(case), split_pairs(case.weights)
-    template = jax.eval_shape(system.init, jax.random.key(0), {"table": case.inputs["table"], "table_missing": case.inputs["table"]})
-    params = load(tensors, template.params, LAYOUT, "tip")
-    state = load(tensors, {"encoder": template.state["encoder"]}, LAYOUT, "tip") | {"marginals": jnp.asarray(case.inputs["marginal_rows"])}
-    with jax.default_matmul_precision("highest"):
-        found = replay_forward(case, system, params, state)
+    with jax.enable_x64(True):
+        system = system_of(case)
+        found = replay_forward(case, system, *variables_of(case, system))
     rows = [compare(name, case.outputs[name], value) for name, value in found.items() if name in case.outputs]
     assert len(rows) > 25
     assert [row for row in rows if not row.agrees] == []
