@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskae.errors import UserError
 from maskae.interop.case import GRADIENT, Case, Reproduced, exact
 from maskae.interop.cnn import foreign_names, load, resnet
 from maskae.interop.layout import LINEAR, OUT_PROJECTION, VALUE, VECTOR, Layout, Rule
@@ -71,9 +72,21 @@ def official_names(tree: Any) -> dict[str, np.ndarray]:
     return found
 
 
+def check_options(built: Mapping[str, Any]) -> None:
+    """Raises UserError for an option whose random draws no case has, and for an image encoder that the system does not have."""
+    options = built["hparams"]
+    if not options.get("model", "resnet").startswith("resnet"):
+        raise UserError(f"hparams.model={options['model']}: only a case whose image encoder is a residual network can be replayed")
+    rates = {f"hparams.{name}": options.get(name, 0) for name in ("embedding_dropout", "drop_rate")}
+    for name, rate in (rates | {"replace_random_rate": built.get("replace_random_rate", 0)}).items():
+        if rate:
+            raise UserError(f"{name}={rate}: its random draws are not recorded, so that only a rate of 0 can be replayed")
+
+
 def system_of(case: Case) -> Tip:
-    """The system with the case's own sizes and options, to be used under `jax.enable_x64`."""
+    """The system with the case's own sizes and options, to be used under `jax.enable_x64`. Raises UserError as `check_options` does."""
     built, options = case.record["config"], case.record["config"]["hparams"]
+    check_options(built)
     weights, layers = case.weights, tuple(built["resnet"]["layers"])
     stages = range(1, len(layers) + 1)
     return Tip(
@@ -83,8 +96,8 @@ def system_of(case: Case) -> Tip:
         layers=layers,
         widths=tuple(weights[f"encoder_imaging.layer{i}.0.conv1.weight"].shape[0] for i in stages),
         stem_width=weights["encoder_imaging.conv1.weight"].shape[0],
-        cardinalities=tuple(built["field_lengths"][: options["num_cat"]]),
-        continuous=options["num_con"],
+        cardinalities=tuple(length for length in built["field_lengths"] if length != 1),
+        continuous=built["field_lengths"].count(1),
         table_width=options["multimodal_embedding_dim"],
         table_depth=options["tabular_transformer_num_layers"],
         fusion_depth=options["multimodal_transformer_num_layers"],
@@ -182,6 +195,18 @@ def replay_gradients(case: Case, system: Tip, params: Any, state: Any) -> dict[s
     return found
 
 
+def replay_schedule(case: Case) -> dict[str, Reproduced]:
+    """The learning rate of each recorded epoch. Raises UserError for a scheduler that the released code does not have."""
+    options, epochs = case.record["config"]["hparams"], np.arange(len(case.outputs["lr_per_epoch"]))
+    if options["scheduler"] == "anneal":
+        rates = warmup_cosine_periodic(options["lr"], options["warmup_epochs"], options["max_epochs"])
+    elif options["scheduler"] == "cosine":
+        rates = warmup_cosine_periodic(options["lr"], 0, int(options["dataset_length"] * options["cosine_anneal_mult"]))
+    else:
+        raise UserError(f"hparams.scheduler={options['scheduler']}: a schedule is replayed of 'anneal' and of 'cosine'")
+    return {"lr_per_epoch": Reproduced(np.asarray(rates(epochs)))}
+
+
 def variables_of(case: Case, system: Tip) -> Variables:
     """The recorded weights, statistics and marginals. Raises UserError where one is missing or has another shape."""
     tensors = split_pairs(case.weights)
@@ -194,14 +219,12 @@ def variables_of(case: Case, system: Tip) -> Variables:
 
 def replay(case: Case) -> dict[str, Reproduced]:
     """Every recorded output of a TIP case that is there to compare."""
-    options = case.record["config"]["hparams"]
-    rates = warmup_cosine_periodic(options["lr"], options["warmup_epochs"], options["max_epochs"])
-    found = {"lr_per_epoch": Reproduced(np.asarray(rates(np.arange(options["max_epochs"]))))}
+    found = replay_schedule(case) if case.wants("lr_per_epoch") else {}
     # As it was recorded. In float32 a rectifier's input that lies within rounding of 0 takes the other side, which moves gradients of the
     # image encoder by up to 4e-2 of their largest value.
     with jax.enable_x64(True):
         system = system_of(case)
         variables = variables_of(case, system)
-        for part in (replay_forward, replay_evaluation, replay_gradients):
+        for part in (replay_forward, replay_evaluation, *([replay_gradients] if case.wants("grad") else [])):
             found |= part(case, system, *variables)
     return found
