@@ -33,15 +33,16 @@ DEAD_DECAYING, DEAD_OTHERS = 2, 4
 
 
 def load(tensors: Mapping[str, np.ndarray], system: Any, layout: Layout) -> Variables:
-    """Official tensors by name as the variables of a system that is not frozen. Raises UserError naming what is missing or does not fit."""
+    """Official tensors by name as the variables of a system that is not frozen, float64 where that is switched on, else float32.
+
+    Raises UserError naming what is missing or does not fit.
+    """
     fresh = jax.eval_shape(system.init, jax.random.key(0), {})
     template = flatten_paths({**fresh.params, **fresh.state})
-    # Some are stored in half precision, to be read as they are.
-    wide = {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in tensors.items()}
-    flat, report = from_foreign(wide, template, layout, GEOMETRY)
+    flat, report = from_foreign(dict(tensors), template, layout, GEOMETRY)
     if wrong := report.mismatched + [f"{name} is missing" for name in report.missing]:
         raise UserError(f"the weights do not fit the model: {'; '.join(wrong[:3])}")
-    tree = unflatten_paths(jax.tree.map(jnp.asarray, flat))
+    tree = unflatten_paths({path: jnp.asarray(value, float) for path, value in flat.items()})
     state = {STATISTICS: {"head": {}, **tree.pop(STATISTICS)}} if "head" in tree else {STATISTICS: tree.pop(STATISTICS)}
     return Variables(tree, state)
 
@@ -53,7 +54,7 @@ def official_names(params: Params, layout: Layout = POINT_CMAE) -> dict[str, np.
 
 
 def sizes_of(case: Case) -> dict[str, Any]:
-    """The arguments that pre-training and classification share."""
+    """The arguments that pre-training and classification share, to be used under `jax.enable_x64`."""
     model = case.record["config"]["model"]
     transformer = model["transformer_config"]
     return {
@@ -63,6 +64,7 @@ def sizes_of(case: Case) -> dict[str, Any]:
         "depth": transformer["depth"],
         "heads": transformer["num_heads"],
         "drop_path": transformer["drop_path_rate"],
+        "dtype": "float64",
     }
 
 
@@ -86,7 +88,7 @@ def system_of(case: Case, pairing: str = "all") -> PointCmae:
 
 def augmented_points(case: Case) -> jax.Array:
     """The recorded clouds with the recorded scales and shifts."""
-    return scale_and_shift(*(jnp.asarray(case.inputs[name]) for name in ("pts", "aug_scale", "aug_shift")))
+    return scale_and_shift(*(jnp.asarray(case.inputs[name], float) for name in ("pts", "aug_scale", "aug_shift")))
 
 
 def recorded_masks(case: Case, system: PointCmae) -> tuple[Mask, ...]:
@@ -183,7 +185,7 @@ def replay_classifier(case: Case) -> dict[str, Reproduced]:
 
 def replay_parts(case: Case, variables: Variables) -> dict[str, Reproduced]:
     """The Chamfer losses alone, the learning rates, and the numbers of decaying parameters."""
-    sets = jnp.asarray(case.inputs["chamfer/p"]), jnp.asarray(case.inputs["chamfer/t"])
+    sets = [jnp.asarray(case.inputs[f"chamfer/{name}"], float) for name in ("p", "t")]
     found: dict[str, Reproduced] = {}
     for variant in ("l1", "l2"):
         value, gradient = jax.value_and_grad(lambda p, v=variant: chamfer_distance(p, sets[1], variant=v))(sets[0])
@@ -201,10 +203,12 @@ def replay_parts(case: Case, variables: Variables) -> dict[str, Reproduced]:
 
 def replay(case: Case) -> dict[str, Reproduced]:
     """Every recorded output of a Point-CMAE case that is there to compare."""
-    system = system_of(case)
-    tensors = {name: value for name, value in case.weights.items() if not name.startswith("finetune/")}
-    variables = load(tensors, system, POINT_CMAE)
-    found = replay_parts(case, variables) | replay_forward(case, system, variables)
-    if case.wants("grad"):
-        found |= replay_gradients(case, system, variables)
-    return found | (replay_classifier(case) if case.wants("finetune/") else {})
+    # As it was recorded. In float32 neighbours of nearly the same distance change places, and a rectifier's input that lies within rounding
+    # of 0 takes the other side, which moves gradients of the tokenizer by up to 1e-3 of their largest value.
+    with jax.enable_x64(True):
+        system = system_of(case)
+        variables = load({name: value for name, value in case.weights.items() if not name.startswith("finetune/")}, system, POINT_CMAE)
+        found = replay_parts(case, variables) | replay_forward(case, system, variables)
+        if case.wants("grad"):
+            found |= replay_gradients(case, system, variables)
+        return found | (replay_classifier(case) if case.wants("finetune/") else {})

@@ -17,6 +17,7 @@ from maskae.nn.point_transformer import POSITION_WIDTH, TOKEN_WIDTHS, PointTrans
 from maskae.nn.points import Groups, group_points
 from maskae.nn.stack import REMAT_POLICIES
 from maskae.systems.contract import Batch
+from maskae.vectors import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class PointArguments:
         scale, shift: augmentation, a factor from U[scale] and a translation from U[-shift, shift] per cloud and axis.
         rotate: also turn each training cloud by a random angle about the vertical (y) axis.
         token_widths: of the hidden maps of the tokenizer, most of the computation where the transformer is small.
-        dtype: of the computation; sampling, norms, softmax and loss are float32.
+        dtype: of the computation; sampling, norms, softmax and loss are float32. "float64" is for comparisons with recorded references,
+            under `jax.enable_x64`: rectifiers turn a rounding error next to 0 into a different gradient.
         scan, remat, attention: see `maskae.nn.stack.run_blocks` and `maskae.nn.layers.Attention`.
 
     Raises:
@@ -54,7 +56,7 @@ class PointArguments:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is built."""
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, (*DTYPES, "float64"))
         check_choice("remat", self.remat, REMAT_POLICIES)
         check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
         check_heads("width", self.width, self.heads)
@@ -88,8 +90,8 @@ class PointArguments:
         return points
 
     def group(self, points: jax.Array) -> Groups:
-        """Local groups of [B, N, 3], in float32."""
-        return group_points(points.astype(jnp.float32), self.groups, self.group_size)
+        """Local groups of [B, N, 3], in at least float32."""
+        return group_points(at_least_float32(points), self.groups, self.group_size)
 
     def augment(self, points: jax.Array, example: jax.Array, key: jax.Array) -> jax.Array:
         """Training clouds [B, N, 3] turned (where `rotate`), scaled and shifted."""

@@ -25,7 +25,7 @@ from maskae.nn.points import Groups
 from maskae.point_panels import BLUE, GREY, ORANGE, cloud_sheet
 from maskae.systems.contract import Batch, Outputs, Params, State, Variables
 from maskae.systems.point_arguments import PointArguments
-from maskae.vectors import maximum_over
+from maskae.vectors import at_least_float32, maximum_over
 
 MASKERS = ("random", "block")
 DRAWN = 6
@@ -126,7 +126,8 @@ class PointMae(PointArguments):
 
         Returns:
             `tokens` [B, G, D], `positions` [B, G, D], `state`, and the lists `latent` [B, (1+)n, D], `features` [B, G, D] (decoder output
-            before its norm, in the groups' order), `prediction` and `target` [B, m, M, 3] of removed groups in the mask's order, float32.
+            before its norm, in the groups' order), `prediction` and `target` [B, m, M, 3] of removed groups in the mask's order, at least
+            float32.
         """
         encode: Any = partial(self.encoder.apply, {"params": params["encoder"]})
         tokens, state = self.embed(params, state, groups.offsets, train)
@@ -141,7 +142,7 @@ class PointMae(PointArguments):
             kept = latent[:, bool(self.cls_tokens) :]
             features = decode(kept, mask.restore, groups.centres, decoder_draws, method="decode")  # [B, G, D]
             removed = removed_indices(mask)  # [B, m]
-            prediction = decode(take_tokens(features, removed), method="predict").astype(jnp.float32)  # [B, m, M, 3]
+            prediction = at_least_float32(decode(take_tokens(features, removed), method="predict"))  # [B, m, M, 3]
             target = jnp.take_along_axis(groups.offsets, removed[:, :, None, None], axis=1)  # [B, m, M, 3]
             for key, value in (("latent", latent), ("features", features), ("prediction", prediction), ("target", target)):
                 named[key].append(value)

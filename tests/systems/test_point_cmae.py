@@ -240,10 +240,11 @@ def test_data_without_points_or_with_too_few_is_refused() -> None:
 
 def test_forward_of_the_reference_case(shared: Path) -> None:
     case = Case.read(shared / "goldens" / "point_cmae" / "a")
-    system = interop.system_of(case)
-    tensors = {name: value for name, value in case.weights.items() if not name.startswith("finetune/")}
-    loaded = interop.load(tensors, system, interop.POINT_CMAE)
-    found = interop.replay_forward(case, system, loaded) | interop.replay_parts(case, loaded)
+    with jax.enable_x64(True):
+        system = interop.system_of(case)
+        tensors = {name: value for name, value in case.weights.items() if not name.startswith("finetune/")}
+        loaded = interop.load(tensors, system, interop.POINT_CMAE)
+        found = interop.replay_forward(case, system, loaded) | interop.replay_parts(case, loaded)
     rows = [compare(name, case.outputs[name], value) for name, value in found.items() if name in case.outputs]
     assert len(rows) > 25
     assert not [row for row in rows if not row.agrees]
