@@ -79,7 +79,7 @@ def system_of(case: Case, pairing: str = "all") -> PointCmae:
         decoder_heads=transformer["decoder_num_heads"],
         mask_ratio=transformer["mask_ratio"],
         masker={"rand": "random"}.get(transformer["mask_type"], transformer["mask_type"]),
-        chamfer={"cdl1": "l1", "cdl2": "l2"}[config["model"]["loss"]],
+        chamfer=config["model"]["loss"].removeprefix("cd"),
         reconstruction_weight=reconstruction,
         agreement_weight=agreement,
         pairing=pairing,
@@ -136,7 +136,7 @@ def replay_forward(case: Case, system: PointCmae, variables: Variables) -> dict[
     shaped = {name: Reproduced(_first(case, name, value)) for name, value in found.items()}
     picks = farthest_point_sampling(points, system.groups)
     integers = {"fps_idx": picks, "knn_idx": groups.members, "comask": both}
-    return shaped | {name: exact(value) for name, value in integers.items()}
+    return shaped | {name: exact(_first(case, name, value)) for name, value in integers.items()}
 
 
 def _first(case: Case, name: str, value: Any) -> np.ndarray:
@@ -156,14 +156,15 @@ def replay_gradients(case: Case, system: PointCmae, variables: Variables) -> dic
         return loss, metrics["agreement"]
 
     total, agreement = (official_names(tree) for tree in jax.jit(jax.jacrev(losses))(variables.params))
-    found = {f"grad/{name}": Reproduced(value, GRADIENT) for name, value in total.items()}
-    found |= {f"grad_contras/{name}": Reproduced(value, GRADIENT) for name, value in agreement.items()}
+    found = {f"grad_contras/{name}": Reproduced(value, GRADIENT) for name, value in agreement.items()}
     lengths = {name: float(np.linalg.norm(value.astype(np.float64).ravel())) for name, value in total.items()}
     largest = max(lengths.values())
     for name, length in lengths.items():
-        tiny = abs(float(case.outputs.get(f"gradnorm/{name}", np.ones(())))) < 1e-9
-        note = "its true gradient is 0: a bias before batch norm" if tiny else ""
-        found[f"gradnorm/{name}"] = Reproduced(length, GRADIENT, absolute=1e-6 * largest if tiny else 0.0, note=note)
+        values = {f"grad/{name}": total[name], f"gradnorm/{name}": length}
+        for key, value in values.items():
+            tiny = np.abs(case.outputs.get(key, 1.0)).max() < 1e-9
+            note = "its true gradient is 0: a bias before batch norm" if tiny else ""
+            found[key] = Reproduced(value, GRADIENT, absolute=1e-6 * largest if tiny else 0.0, note=note)
     return found
 
 
@@ -183,32 +184,43 @@ def replay_classifier(case: Case) -> dict[str, Reproduced]:
     return {"finetune/logits": Reproduced(logits), "finetune/loss": Reproduced(loss), "finetune/acc_percent": Reproduced(percent)}
 
 
-def replay_parts(case: Case, variables: Variables) -> dict[str, Reproduced]:
-    """The Chamfer losses alone, the learning rates, and the numbers of decaying parameters."""
+def replay_chamfer(case: Case) -> dict[str, Reproduced]:
+    """The Chamfer losses alone."""
     sets = [jnp.asarray(case.inputs[f"chamfer/{name}"], float) for name in ("p", "t")]
     found: dict[str, Reproduced] = {}
     for variant in ("l1", "l2"):
         value, gradient = jax.value_and_grad(lambda p, v=variant: chamfer_distance(p, sets[1], variant=v))(sets[0])
         found |= {f"chamfer/{variant}": Reproduced(value), f"chamfer/d{variant}_dp": Reproduced(gradient, GRADIENT)}
+    return found
+
+
+def replay_schedule(case: Case) -> dict[str, Reproduced]:
+    """The learning rate of every epoch."""
     options = case.record["config"]["scheduler"]
     schedule = unshifted_cosine(options["lr"], 1e-6, options["initial_epochs"], options["epochs"])
     # Stepped with e AFTER epoch e: the first two epochs share a rate.
-    rates = [float(schedule(max(epoch - 1, 0))) for epoch in range(options["epochs"] + 1)]
+    return {"lr_per_epoch": Reproduced(np.asarray(schedule(np.maximum(np.arange(options["epochs"] + 1) - 1, 0))))}
+
+
+def replay_counts(variables: Variables) -> dict[str, Reproduced]:
+    """The numbers of decaying and of other parameters."""
     flat = flatten_paths(decay_mask(variables.params, ("vectors", "cls_token", "mask_token")))
     names = {path: POINT_CMAE.names(path) for path in flat}
     decays, others = (sum(len(each[0]) for path, each in names.items() if flat[path] == decay and each) for decay in (True, False))
-    found |= {"decay_count": exact(decays + DEAD_DECAYING), "no_decay_count": exact(others + DEAD_OTHERS)}
-    return found | {"lr_per_epoch": Reproduced(rates)}
+    return {"decay_count": exact(decays + DEAD_DECAYING), "no_decay_count": exact(others + DEAD_OTHERS)}
 
 
 def replay(case: Case) -> dict[str, Reproduced]:
     """Every recorded output of a Point-CMAE case that is there to compare."""
+    found = replay_schedule(case) if case.wants("lr_per_epoch") else {}
     # As it was recorded. In float32 neighbours of nearly the same distance change places, and a rectifier's input that lies within rounding
     # of 0 takes the other side, which moves gradients of the tokenizer by up to 1e-3 of their largest value.
     with jax.enable_x64(True):
         system = system_of(case)
         variables = load({name: value for name, value in case.weights.items() if not name.startswith("finetune/")}, system, POINT_CMAE)
-        found = replay_parts(case, variables) | replay_forward(case, system, variables)
+        found |= replay_counts(variables) | replay_forward(case, system, variables)
+        if case.wants("chamfer/"):
+            found |= replay_chamfer(case)
         if case.wants("grad"):
             found |= replay_gradients(case, system, variables)
         return found | (replay_classifier(case) if case.wants("finetune/") else {})

@@ -244,7 +244,8 @@ def test_forward_of_the_reference_case(shared: Path) -> None:
         system = interop.system_of(case)
         tensors = {name: value for name, value in case.weights.items() if not name.startswith("finetune/")}
         loaded = interop.load(tensors, system, interop.POINT_CMAE)
-        found = interop.replay_forward(case, system, loaded) | interop.replay_parts(case, loaded)
+        found = interop.replay_forward(case, system, loaded) | interop.replay_chamfer(case)
+    found |= interop.replay_schedule(case) | interop.replay_counts(loaded)
     rows = [compare(name, case.outputs[name], value) for name, value in found.items() if name in case.outputs]
     assert len(rows) > 25
     assert not [row for row in rows if not row.agrees]
