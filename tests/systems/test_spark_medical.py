@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskae.config import load_config
 from maskae.errors import UserError
+from maskae.experiment import build
 from maskae.interop.case import Case
 from maskae.interop.parity import compare
 from maskae.interop.spark_medical import leading, replay_spark, spark_of
@@ -133,6 +135,18 @@ def test_features_and_panels() -> None:
 def test_arguments_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SparK(**(SMALL | options))
+
+
+@pytest.mark.parametrize(
+    ("variant", "override", "message"),
+    [
+        ("base", "model.dtype=float64", "float64 is for comparisons"),
+        ("tiny", "data.channels=0", "model.channels=0: spark_medical reads pictures"),
+    ],
+)
+def test_a_recipe_that_cannot_run_ends_in_one_line(variant: str, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(load_config(f"configs/spark_medical.py:{variant}", [override]))
 
 
 def test_the_recorded_convnext_is_reproduced(shared: Path) -> None:
