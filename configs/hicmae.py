@@ -13,9 +13,9 @@
           with 40 times its weight (one seed each); trained by the contrast alone, all clips' pooled tokens had cosines above 0.99 there.
 `:fight`  155 surveillance clips with sound, fight or none, 40 % held out; 300 steps of 31, two minutes on one core. Seeds 0 to 2: the
           contrast falls to 2.05 to 2.20, 1.76 to 2.05 and 1.72 to 2.03 (chance ln 31 = 3.43), and among all 62 held-out clips the matching
-          one is found with 0.113, 0.121, 0.169 (untrained 0.024, 0.016, 0.016); reconstruction video 0.63, sound 0.92 to 0.93 (both zero:
-          1.62). The two classes are near chance before and after: probe of both 0.548, 0.484, 0.645 (untrained 0.500, 0.516, 0.613), video
-          0.532, 0.484, 0.565 (0.532, 0.548, 0.484), sound 0.516, 0.532, 0.548 (0.565 three times).
+          one is found with 0.113, 0.121, 0.169 (untrained 0.024, 0.016, 0.016); reconstruction video 0.63, sound 0.92 to 0.93 (zero: 1.62
+          for both together). The two classes are near chance before and after: probe of both 0.548, 0.484, 0.645 (untrained 0.500, 0.516,
+          0.613), video 0.532, 0.484, 0.565 (0.532, 0.548, 0.484), sound 0.516, 0.532, 0.548 (0.565 three times).
 `:base`   HiCMAE-B on VoxCeleb2's 1.09 million talking faces, 100 epochs: 9.9e18 FLOP, 5 days on 4 V100 in the paper. The clips
           must lie as files of 160 x 160 pixels (rows 0 to 159, columns 32 to 191 of the 224 x 224 ones), their sound as WAV beside them
           or inside of them.
