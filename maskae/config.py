@@ -7,6 +7,7 @@ or an argument that the system does not have, is an error.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterable, Sequence
@@ -196,6 +197,7 @@ def _open_stage_key(config: ConfigDict, key: str) -> None:
     if name not in config.stage:
         raise UserError(f"--config.{key}: no stage '{name}'{nearest(name, config.stage)}; there are {', '.join(config.stage) or 'none'}")
     stage = stage_config(config, name)
+    _open_argument(stage, key, parts)
     whole: Any = stage
     partial: Any = config.stage[name]
     with config.unlocked():
@@ -210,9 +212,29 @@ def _open_stage_key(config: ConfigDict, key: str) -> None:
             partial = partial[part]
 
 
+def _open_argument(config: ConfigDict, key: str, parts: Sequence[str]) -> None:
+    """Makes `model.a`, given as its parts, settable where it is an argument of the system that the recipe leaves at its default.
+
+    Raises UserError, with the nearest right one, where the system has no such argument.
+    """
+    if len(parts) != 2 or parts[0] != "model" or parts[1] in config.model:
+        return
+    from maskae.systems import SYSTEMS  # brings jax, which most runs do not need so early
+
+    fields = dataclasses.fields(SYSTEMS[config.system]) if config.system in SYSTEMS else ()
+    defaults = {field.name: field.default for field in fields if field.init and field.default is not dataclasses.MISSING}
+    if parts[1] not in defaults:
+        known = [f"model.{name}" for name in (*config.model, *defaults)]
+        raise UserError(f"--config.{key}: no key 'model.{parts[1]}'{nearest(f'model.{parts[1]}', known)}")
+    with config.unlocked():
+        config.model[parts[1]] = defaults[parts[1]]
+
+
 def _set(config: ConfigDict, key: str, text: str) -> None:
     if key.startswith("stage.") and key.count(".") > 1:
         _open_stage_key(config, key)
+    if not config.stages:
+        _open_argument(config, key, key.split("."))
     *groups, name = key.split(".")
     group: Any = config
     for depth, part in enumerate(groups):

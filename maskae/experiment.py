@@ -409,7 +409,7 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh
     mesh_module.check_batch(config.evaluate.batch_size, 1, mesh, "evaluate.batch_size")
     if config.model.get("channels", 1) < 1:
         raise UserError(f"model.channels={config.model.channels}: {config.system} reads pictures, which have at least 1 (data.channels)")
-    if config.model.get("dtype") == "float64" and not jax.config.jax_enable_x64:
+    if config.model.get("dtype") == "float64" and jnp.result_type(float) != "float64":
         raise UserError("model.dtype=float64 is for comparisons with recorded references, under jax.enable_x64; take float32")
     system = build_from(SYSTEMS, config.system, config.model.to_dict(), "system")
     train_source, val_source = sources or open_sources(config)

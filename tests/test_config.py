@@ -72,6 +72,17 @@ def test_values_arrive_with_their_types():
     assert config.data.source == "folder:/a" and config.model.patch_size == 4
 
 
+def test_an_argument_that_the_recipe_leaves_at_its_default_can_be_set():
+    recipe = str(ROOT / "configs" / "spark_medical.py:tiny")
+    assert "dtype" not in load_config(recipe).model
+    assert load_config(recipe, ["model.dtype=bfloat16"]).model.dtype == "bfloat16"
+    assert "did you mean 'model.dtype'" in message(lambda: load_config(recipe, ["model.dtyp=bfloat16"]))
+    staged = str(ROOT / "configs" / "mask_align.py:tiny")
+    assert load_config(staged, ["stage.student.model.scan=true"]).stage.student.model.scan is True
+    # Each stage has a system of its own there, which a key above them all would not reach.
+    assert "no key 'model.scan'" in message(lambda: load_config(staged, ["model.scan=true"]))
+
+
 def test_an_open_group_is_replaced_as_a_whole():
     config = load_config(f"{MAE}:tiny", ["evaluate.evaluators={'knn': {'ks': (5,)}}"])
     assert config.evaluate.evaluators.to_dict() == {"knn": {"ks": (5,)}}
