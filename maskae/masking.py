@@ -56,6 +56,19 @@ def removed_indices(mask: Mask) -> jax.Array:
     return jnp.argsort(mask.restore, axis=1)[:, mask.keep_indices.shape[1] :]
 
 
+class Split(NamedTuple):
+    """Rows of a sample's visible tokens int32 [B, n] and of its hidden ones [B, r], both rising."""
+
+    seen: jax.Array
+    hidden: jax.Array
+
+
+def split_tokens(mask: jax.Array, visible: int) -> Split:
+    """A mask [B, L], 1 = hidden, with `visible` zeros in every row, as rows."""
+    order = jnp.argsort(mask, axis=1, stable=True)  # [B, L]
+    return Split(order[:, :visible], order[:, visible:])
+
+
 def take_tokens(tokens: jax.Array, indices: jax.Array, implementation: str = "auto") -> jax.Array:
     """Select tokens [B, L, D] by int32 [B, n] -> [B, n, D].
 

@@ -62,6 +62,20 @@ def info_nce(
     return (forward + one_way(keys, queries, None if soft_targets is None else soft_targets.T)) / 2
 
 
+def grouped_info_nce(queries: jax.Array, keys: jax.Array, scale: float, group: int | None) -> jax.Array:
+    """`info_nce` in both directions within groups of `group` consecutive rows of [B, d]: a paper's batch on one device, whatever ours is.
+
+    Of no more rows than one group, or with None, it is that of the whole batch. Raises UserError where groups do not tile the batch.
+    """
+    if group is None or len(queries) <= group:
+        return info_nce(queries, keys, scale)
+    if len(queries) % group:
+        raise UserError(f"a batch of {len(queries)} is not made of contrastive groups of group_size={group}")
+    scores = jnp.einsum("gid,gjd->gij", *(x.reshape(-1, group, x.shape[-1]) for x in (queries, keys))) * scale  # [G, g, g]
+    both = jax.nn.logsumexp(scores, 1) + jax.nn.logsumexp(scores, 2)
+    return (both / 2 - jnp.diagonal(scores, axis1=1, axis2=2)).mean()
+
+
 def queue_info_nce(
     queries: jax.Array,
     keys: jax.Array,

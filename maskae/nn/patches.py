@@ -55,6 +55,12 @@ def untubelet(values: jax.Array, grid: tuple[int, int, int], patch_size: int, fr
     return x.reshape(len(values), slots * frames, rows * patch_size, columns * patch_size, -1)  # [B, T, H, W, C]
 
 
+def difference_frames(video: jax.Array, group: int) -> jax.Array:
+    """[B, T, H, W, C] in which every frame of `group` consecutive ones but the first is less that first; `group` divides T."""
+    groups = video.reshape(len(video), -1, group, *video.shape[2:])
+    return jnp.concatenate([groups[:, :, :1], groups[:, :, 1:] - groups[:, :, :1]], 2).reshape(video.shape)
+
+
 def frames_to_channels(video: jax.Array, frames: int) -> jax.Array:
     """[B, T, H, W, C] -> [B*T/frames, H, W, frames*C]: a patch embedding of these images is one of tubelets."""
     batch, length, height, width, channels = video.shape

@@ -16,12 +16,12 @@ import numpy as np
 
 from maskae.data.spec import DataSpec
 from maskae.errors import UserError
-from maskae.losses.contrastive import info_nce
+from maskae.losses.contrastive import grouped_info_nce
 from maskae.losses.reconstruction import standardise
-from maskae.masking import draw_noise, random_mask, take_tokens
+from maskae.masking import Split, draw_noise, random_mask, split_tokens, take_tokens
 from maskae.nn.audio_visual import Fused
 from maskae.nn.layers import LayerNorm
-from maskae.nn.patches import frames_to_channels, patchify, tubelets, unpatchify, untubelet
+from maskae.nn.patches import difference_frames, frames_to_channels, patchify, tubelets, unpatchify, untubelet
 from maskae.nn.positions import sinusoid
 from maskae.nn.sharding import constrain
 from maskae.panels import panel_sheet
@@ -34,25 +34,12 @@ SHOWN = 6
 Both = dict[str, jax.Array]
 
 
-class Split(NamedTuple):
-    """Rows of a sample's visible tokens int32 [B, n] and of its hidden ones [B, r], both rising."""
-
-    seen: jax.Array
-    hidden: jax.Array
-
-
 class Encodings(NamedTuple):
     """`tokens` [B, n, D] after the final norm; `layers`: every layer's output after that same norm, [B, n, D] each; `blocks` before it."""
 
     tokens: jax.Array
     layers: list[jax.Array]
     blocks: Any
-
-
-def split_tokens(mask: jax.Array, visible: int) -> Split:
-    """A mask [B, L], 1 = hidden, with `visible` zeros in every row, as rows."""
-    order = jnp.argsort(mask, axis=1, stable=True)  # [B, L]
-    return Split(order[:, :visible], order[:, visible:])
 
 
 @dataclass(frozen=True)
@@ -123,18 +110,11 @@ class Hicmae(HicmaeArguments):
         pixels = inputs * jnp.asarray(self.std) + jnp.asarray(self.mean)
         patches = tubelets(pixels, self.patch_size, self.tubelet)
         shape = patches.shape
-        patches = standardise(patches.reshape(*shape[:2], -1, self.channels), axis=-2)  # [B, L, frames*p*p, C]
-        patches = patches.reshape(shape)
-        return self.differenced(patches) if self.frame_difference else patches
-
-    def differenced(self, patches: jax.Array) -> jax.Array:
-        """Tubelets [B, L, frames*p*p*C] in which every frame of a group but its first is less that first; groups count along the clip."""
-        batch, length, values = patches.shape
-        per_frame = values // self.tubelet
-        frames = patches.reshape(batch, self.slots("video"), -1, self.tubelet, per_frame).swapaxes(2, 3)  # [B, slots, t, places, V/t]
-        groups = frames.reshape(batch, -1, self.difference_group, frames.shape[3], per_frame)
-        groups = jnp.concatenate([groups[:, :, :1], groups[:, :, 1:] - groups[:, :, :1]], 2)
-        return groups.reshape(frames.shape).swapaxes(2, 3).reshape(batch, length, values)
+        patches = standardise(patches.reshape(*shape[:2], -1, self.channels), axis=-2).reshape(shape)  # [B, L, frames*p*p*C]
+        if not self.frame_difference:
+            return patches
+        video = untubelet(patches, (self.slots("video"), *self.grid("video")), self.patch_size, self.tubelet)
+        return tubelets(difference_frames(video, self.difference_group), self.patch_size, self.tubelet)
 
     def reconstruction_error(self, modality: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
         """Mean square of predictions [B, r, V] less their targets, float32 scalar; a tubelet's two frames by `difference_weight`."""
@@ -153,15 +133,8 @@ class Hicmae(HicmaeArguments):
 
     def contrast(self, video: jax.Array, audio: jax.Array) -> jax.Array:
         """The symmetric loss that picks each clip's other half within its group; [B, D] of length 1."""
-        if self.contrastive_scope == "global" or len(video) <= self.group_size:
-            return info_nce(video, audio, 1 / self.temperature)
-        if len(video) % self.group_size:
-            raise UserError(f"a batch of {len(video)} is not made of contrastive groups of group_size={self.group_size}")
-        groups = [x.reshape(-1, self.group_size, x.shape[-1]) for x in (video, audio)]
-        scores = jnp.einsum("gid,gjd->gij", *groups) / self.temperature  # [G, g, g]
-        matched = jnp.diagonal(scores, axis1=1, axis2=2)  # [G, g]
-        both = jax.nn.logsumexp(scores, 1) + jax.nn.logsumexp(scores, 2)
-        return (both / 2 - matched).mean()
+        group = None if self.contrastive_scope == "global" else self.group_size
+        return grouped_info_nce(video, audio, 1 / self.temperature, group)
 
     def loss_given_masks(self, params: Params, inputs: Both, masks: Both) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, float32 scalar, and its parts, for masks [B, L] with 1 = hidden."""

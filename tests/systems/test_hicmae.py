@@ -15,10 +15,11 @@ from maskae.errors import UserError
 from maskae.interop.case import Case
 from maskae.interop.hicmae import layout_of, params_of, replay_forward, replay_tables, system_of
 from maskae.interop.parity import compare
+from maskae.masking import Split
 from maskae.nn.patches import tubelets, untubelet
 from maskae.paths import flatten_paths
 from maskae.systems.contract import System
-from maskae.systems.hicmae import Hicmae, Split
+from maskae.systems.hicmae import Hicmae
 from maskae.systems.hicmae_arguments import MODALITIES
 from tests.systems.test_mae import count, dot_flops
 
