@@ -36,13 +36,13 @@ def _augment(cost: np.ndarray, starred: np.ndarray) -> None:
         primed[row, column] = True
         if not starred[row].any():
             break
-        rows[row], column = True, int(starred[row].argmax())
+        rows[row], column = True, int(np.argmax(starred[row]))
         columns[column] = False
     path = [(row, column)]
     while starred[:, column].any():
-        row = int(starred[:, column].argmax())
+        row = int(np.argmax(starred[:, column]))
         path.append((row, column))
-        column = int(primed[row].argmax())
+        column = int(np.argmax(primed[row]))
         path.append((row, column))
     for place in path:
         starred[place] = not starred[place]
@@ -54,5 +54,5 @@ def _uncovered_zero(zeros: np.ndarray, row: int, column: int) -> tuple[int, int]
     for each in np.roll(np.arange(size), -row):
         found = np.flatnonzero(zeros[each])
         if len(found):
-            return int(each), int(found[((found - column) % size).argmax()])
+            return int(each), int(found[np.argmax((found - column) % size)])
     return None
