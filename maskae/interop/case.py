@@ -86,6 +86,12 @@ def exact(value: Any) -> Reproduced:
     return Reproduced(value, relative=0.0)
 
 
+def leading(value: Any, recorded: np.ndarray) -> np.ndarray:
+    """The leading entries of every axis of `value`, as many as were recorded; all of it where it has other axes than the record."""
+    value = np.asarray(value)
+    return value[tuple(slice(size) for size in recorded.shape)] if value.ndim == recorded.ndim else value
+
+
 def after_steps(value: Any, learning_rates: Any, skip: np.ndarray | None = None, note: str = "") -> Reproduced:
     """A parameter after optimizer steps: 1e-4 of the sum of the learning rates, the farthest that Adam can have moved it."""
     return Reproduced(value, relative=1e-6, absolute=1e-4 * float(np.sum(learning_rates)), skip=skip, note=note)

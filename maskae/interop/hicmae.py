@@ -14,7 +14,7 @@ import numpy as np
 from maskae.data.spectrogram import fit_length, log_mel, normalise_spectrogram
 from maskae.errors import UserError
 from maskae.evaluate.emotion import concordance, correlation, recalls
-from maskae.interop.case import GRADIENT, Case, Reproduced
+from maskae.interop.case import GRADIENT, Case, Reproduced, leading
 from maskae.interop.layout import LINEAR, OUT_PROJECTION, VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign, to_foreign
 from maskae.masking import take_tokens
 from maskae.nn.positions import sinusoid
@@ -226,8 +226,7 @@ def replay_forward(case: Case, system: Hicmae, params: Any) -> dict[str, Reprodu
         found[f"loss_hcmcl_level{level - 1}"] = metrics[f"contrastive_loss_{level}"]
         found[f"logits_level{level - 1}"] = levels["video"][place] @ levels["audio"][place].T / system.temperature
     # Of some, the case keeps the first samples or the first tokens alone.
-    kept = {name: value[tuple(slice(size) for size in case.outputs[name].shape)] for name, value in found.items() if name in case.outputs}
-    return {name: Reproduced(value) for name, value in kept.items()}
+    return {name: Reproduced(leading(value, case.outputs[name])) for name, value in found.items() if name in case.outputs}
 
 
 def replay_tables(case: Case, system: Hicmae) -> dict[str, Reproduced]:

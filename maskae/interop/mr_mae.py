@@ -11,7 +11,7 @@ import numpy as np
 
 from maskae.data.spec import IMAGENET_MEAN, IMAGENET_STD
 from maskae.errors import UserError
-from maskae.interop.case import GRADIENT, Case, Reproduced, exact
+from maskae.interop.case import GRADIENT, Case, Reproduced, exact, leading
 from maskae.interop.conv_layout import MCMAE
 from maskae.interop.layout import Flat, Geometry, from_foreign, to_foreign
 from maskae.interop.record import check_qkv_bias, numbers_of, train, trained_outputs
@@ -81,18 +81,13 @@ def official(tree: Any, system: Any) -> Flat:
     return {name: np.asarray(value) for name, value in named.items()}
 
 
-def leading(case: Case, name: str, value: Any) -> Any:
-    """The leading entries of every axis of `value`, as many as were recorded."""
-    return value[tuple(slice(size) for size in case.outputs[name].shape)]
-
-
 def part(case: Case, name: str, value: jax.Array) -> Reproduced:
     """The part of a map [B, H, W, C], channels first, or of tokens [B, N, D] that was recorded: a window, or the leading entries."""
     if name.endswith("_window"):
         low, high = (int(number) for number in numbers_of(case.meaning(name), r"(\d+)\.\.(\d+)"))
         return Reproduced(value[:, low : high + 1, low : high + 1].transpose(0, 3, 1, 2))
     value = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
-    return Reproduced(leading(case, name, value))
+    return Reproduced(leading(value, case.outputs[name]))
 
 
 def replay_forward(case: Case, system: McMae, params: Any) -> dict[str, Reproduced]:
@@ -152,7 +147,7 @@ def replay_finetune(case: Case) -> dict[str, Reproduced]:
     found = {"ft_loss": Reproduced(loss), "ft_logits": Reproduced(named["logits"]), "ft_features": Reproduced(named["pooled"])}
     for name, grad in official(grads, system).items():
         if f"ft_grad/{name}" in case.outputs:
-            found[f"ft_grad/{name}"] = Reproduced(leading(case, f"ft_grad/{name}", grad), GRADIENT)
+            found[f"ft_grad/{name}"] = Reproduced(leading(grad, case.outputs[f"ft_grad/{name}"]), GRADIENT)
     return found
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskae.interop.case import Case, Reproduced, exact
+from maskae.interop.case import Case, Reproduced, exact, leading
 from maskae.interop.cnn import foreign_names, load, spark
 from maskae.interop.cnn_contrastive import replay_contrastive, with_norms
 from maskae.interop.layout import Layout
@@ -87,12 +87,6 @@ def replay_patches(system: SparK, images: jax.Array, named: dict[str, Any], pref
     error = jnp.square(patchify(named["rec_image"], system.cell) - target).mean(-1)
     values = {"patch_mean": mean, "patch_std": deviation, "target_patch": target, "patch_loss": error}
     return {f"{prefix}{'train/' if name == 'patch_loss' else ''}{name}": Reproduced(value) for name, value in values.items()}
-
-
-def leading(value: Any, recorded: np.ndarray) -> Any:
-    """The leading part of a tensor of which the record stores no more."""
-    value = np.asarray(value)
-    return value[tuple(slice(n) for n in recorded.shape)] if value.ndim == recorded.ndim else value
 
 
 def replay(case: Case) -> dict[str, Reproduced]:

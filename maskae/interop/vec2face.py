@@ -12,7 +12,7 @@ import numpy as np
 
 from maskae.errors import UserError
 from maskae.identity_vectors import vary
-from maskae.interop.case import GRADIENT, Case, Reproduced, exact
+from maskae.interop.case import GRADIENT, Case, Reproduced, exact, leading
 from maskae.interop.cnn import batch_norm, conv, foreign_names
 from maskae.interop.layout import VALUE, VECTOR, Geometry, Layout, Rule, Shape, from_foreign
 from maskae.interop.record import numbers_of
@@ -218,10 +218,10 @@ class Replay:
         """Of the recorded training step."""
         return self.mask("noise", self.system.training_law.low, self.case.record["config"]["mask_rate"])
 
-    def cut(self, name: str, value: Any) -> np.ndarray:
-        """The leading part that the case stores of a tensor."""
-        recorded = self.case.outputs[name]
-        return np.asarray(value)[tuple(slice(size) for size in recorded.shape)]
+    def recorded(self, found: dict[str, Any]) -> dict[str, Reproduced]:
+        """What the case stores of the tensors that were found."""
+        outputs = self.case.outputs
+        return {name: Reproduced(leading(value, outputs[name]), FEATURE) for name, value in found.items() if name in outputs}
 
     def forward(self) -> dict[str, Reproduced]:
         """Rows, masks, tokens, maps, the image, and what the frozen networks and the discriminator say of it."""
@@ -243,7 +243,7 @@ class Replay:
         found |= {"generated": channel_first(painted.image), "lpips": distance[:, None, None, None]}
         found |= {"gen_feature": identity}
         found |= {"logits_fake": channel_first(logits.fake), "logits_real": channel_first(logits.real)}
-        reproduced = {name: Reproduced(self.cut(name, value), FEATURE) for name, value in found.items() if name in self.case.outputs}
+        reproduced = self.recorded(found)
         reproduced |= {"token_all_mask": exact(mask.filled), "token_drop_mask": exact(mask.dropped)}
         for kind in ("hinge", "vanilla", "mse"):
             reproduced[f"loss/{kind}_d"] = Reproduced(discriminator_loss(logits.real, logits.fake, kind))
@@ -303,7 +303,7 @@ class Replay:
         mask = self.mask("gen/noise", options["mask_ratio_min"], options["rate"])
         painted = jax.jit(self.system.paint)(self.params, self.vectors, mask)
         found = {"gen/generated": channel_first(painted.image), "gen/logits": painted.logits}
-        reproduced = {name: Reproduced(self.cut(name, value), FEATURE) for name, value in found.items() if name in self.case.outputs}
+        reproduced = self.recorded(found)
         return reproduced | {"gen/token_all_mask": exact(mask.filled)}
 
 

@@ -15,9 +15,9 @@ import pytest
 from maskae.config import load_config
 from maskae.errors import UserError
 from maskae.experiment import build
-from maskae.interop.case import Case
+from maskae.interop.case import Case, leading
 from maskae.interop.parity import compare
-from maskae.interop.spark_medical import leading, replay_spark, spark_of
+from maskae.interop.spark_medical import replay_spark, spark_of
 from maskae.masking import draw_noise
 from maskae.nn.patches import patchify
 from maskae.nn.sparse_conv import visible_at
@@ -129,7 +129,7 @@ def test_features_and_panels() -> None:
         ({"decoder_width": 6}, "decoder_width=6 does not halve 3 times"),
         ({"densify_norm": "bm"}, "unknown densify_norm 'bm'"),
         ({"mean": (0.1, 0.2)}, "mean has 2 values for images of 1 channels"),
-        ({"drop_path": 1.0}, "drop_path=1.0: must be in [[]0, 1[)]"),
+        ({"drop_path": 1.0}, "drop_path=1.0: must be in \\[0, 1\\)"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
