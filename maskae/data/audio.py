@@ -44,12 +44,18 @@ class Store:
     path: Path
 
     @classmethod
-    def find(cls, folder: Path, kind: str, name: str) -> Store:
-        """`<kind>.zip` or `<kind>/` of a folder. Raises UserError where there is neither."""
+    def at(cls, folder: Path, kind: str) -> Store | None:
+        """`<kind>.zip` or `<kind>/` of a folder, or None where there is neither."""
         found = next((path for path in (folder / f"{kind}.zip", folder / kind) if path.exists()), None)
+        return None if found is None else cls(found)
+
+    @classmethod
+    def find(cls, folder: Path, kind: str, name: str) -> Store:
+        """As `at`. Raises UserError where there is neither."""
+        found = cls.at(folder, kind)
         if found is None:
             raise UserError(f"{name}: there is neither {kind}.zip nor a folder {kind} in {folder}")
-        return cls(found)
+        return found
 
     def files(self, name: str) -> set[str]:
         """All file names. Raises UserError for a damaged zip file."""

@@ -135,8 +135,7 @@ def open_clips(arguments: SourceArguments) -> Source:
     side, frames, _, length, bins = numbers
     folder = replace(arguments, path=path).resolve("folder")
     videos = Store.find(folder, "video", arguments.name)
-    own_sound = not any((folder / each).exists() for each in ("audio.zip", "audio"))
-    sounds = videos if own_sound else Store.find(folder, "audio", arguments.name)
+    sounds = Store.at(folder, "audio") or videos
     by_stem = {PurePosixPath(file).stem: file for file in sounds.files(arguments.name)}
     rows = [row for row in read_rows(folder, arguments.name) if PurePosixPath(row["file"]).stem in by_stem]
     if not rows:
