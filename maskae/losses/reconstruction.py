@@ -56,7 +56,7 @@ def scaled_cosine_error(prediction: jax.Array, target: jax.Array, exponent: floa
     """
 
     def unit(rows: jax.Array) -> jax.Array:
-        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        rows = at_least_float32(rows)
         squares = jnp.square(rows).sum(-1, keepdims=True)
         # The root of 0 has an infinite slope, and infinity times 0 is NaN: no root is taken there.
         usable = squares > 1e-24

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskae.errors import UserError
+from maskae.vectors import at_least_float32
 
 # Slots added in one fused loop; each is written out in the program, so that more of them compile longer.
 UNROLL = 16
@@ -53,7 +54,7 @@ def segment_softmax(
         raise UserError(f"segments of shape {segments.shape}, and valid if given, must have the first axis of logits {logits.shape}")
     if valid is not None and indices_are_sorted:
         raise UserError("segment_softmax takes valid or indices_are_sorted, not both: padding is counted to segment 0")
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = at_least_float32(logits)
     if valid is not None:
         segments = jnp.where(valid, segments, 0)
         wide = jnp.where(valid.reshape(-1, *[1] * (logits.ndim - 1)), wide, -jnp.inf)

@@ -119,10 +119,11 @@ class Hicmae(HicmaeArguments):
     def reconstruction_error(self, modality: str, prediction: jax.Array, target: jax.Array) -> jax.Array:
         """Mean square of predictions [B, r, V] less their targets, float32 scalar; a tubelet's two frames by `difference_weight`."""
         error = jnp.square(prediction.astype(jnp.float32) - target)
-        if modality == "audio" or self.difference_weight is None or not self.weighs_difference:
+        weight = self.difference_weight if modality == "video" and self.frame_difference else None
+        if weight is None:
             return error.mean()
         first, second = jnp.split(error, 2, -1)  # [B, r, V/2]
-        return (1 - self.difference_weight) * first.mean() + self.difference_weight * second.mean()
+        return (1 - weight) * first.mean() + weight * second.mean()
 
     def pooled_levels(self, encoded: dict[str, Encodings]) -> dict[str, list[jax.Array]]:
         """Each level's mean token of length 1, float32 [B, D], by modality."""

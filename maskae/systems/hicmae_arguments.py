@@ -112,7 +112,7 @@ class HicmaeArguments:
             raise UserError(f"tubelets of {self.tubelet} frames do not tile a clip of {self.frames}")
         if self.frame_difference and (self.difference_group < 1 or self.frames % self.difference_group):
             raise UserError(f"frame_difference: groups of difference_group={self.difference_group} do not tile a clip of {self.frames}")
-        if self.weighs_difference and self.tubelet != 2:
+        if self.frame_difference and self.difference_weight is not None and self.tubelet != 2:
             raise UserError(f"difference_weight weighs a tubelet's two frames, of which there are {self.tubelet}: set it to None")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise UserError(f"mean and std have {len(self.mean)} and {len(self.std)} numbers for {self.channels} channels")
@@ -123,11 +123,6 @@ class HicmaeArguments:
             raise UserError(f"levels={self.levels} must rise within the {depth} {modality} encoder layers 1..{depth}")
         if blocks - 1 > len(self.levels):
             raise UserError(f"the {modality} decoder's {blocks} blocks skip to {blocks - 1} levels, of which there are {len(self.levels)}")
-
-    @property
-    def weighs_difference(self) -> bool:
-        """Whether a tubelet's two frames count differently."""
-        return self.frame_difference and self.difference_weight is not None
 
     def sizes(self, modality: str) -> tuple[int, int]:
         """(depth, heads) of a modality's encoder."""
