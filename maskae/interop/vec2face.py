@@ -104,11 +104,14 @@ def perceptual_rules(prefix: str = "") -> tuple[Rule, ...]:
 
 
 def fitted(tensors: Mapping[str, np.ndarray], template: Any, rules: tuple[Rule, ...], what: str) -> Any:
-    """`template` with the values of `tensors`. Raises UserError where one is missing or has another shape."""
+    """`template` with the values of `tensors`, float64 where that is switched on, else float32.
+
+    Raises UserError where one is missing or has another shape.
+    """
     flat, report = from_foreign(dict(tensors), flatten_paths(template), Layout(rules), Geometry(1, (1, 1)))
     if wrong := report.mismatched + [f"{name} is not in it" for name in report.missing]:
         raise UserError(f"{what} does not fit, {len(wrong)} leaves differ: {'; '.join(wrong[:3])}")
-    return unflatten_paths({path: jnp.asarray(leaf) for path, leaf in flat.items()})
+    return unflatten_paths({path: jnp.asarray(leaf, float) for path, leaf in flat.items()})
 
 
 def fitted_face(tensors: Mapping[str, np.ndarray], own: Params, what: str, prefix: str = "") -> Params:
@@ -139,7 +142,7 @@ def generation_law(case: Case) -> MaskRate:
 
 
 def system_of(case: Case) -> Vec2Face:
-    """The system with the case's own sizes and options."""
+    """The system with the case's own sizes and options, to be used under `jax.enable_x64`."""
     config, weights = case.record["config"], case.weights
     built, image = config["MaskedGenerativeEncoderViT"], config["ddconfig"]
     side, channels = case.inputs["image"].shape[-1], case.inputs["image"].shape[1]
@@ -179,6 +182,7 @@ def system_of(case: Case) -> Vec2Face:
         perceptual_weights="random",
         vgg_widths=tuple(config["lpips_widths"]),
         discriminator_loss=config["VQLPIPSWithDiscriminator"].get("disc_loss", "mse"),
+        dtype="float64",
     )
 
 
@@ -204,14 +208,14 @@ class Replay:
         """Reads everything once."""
         self.case, self.system = case, system_of(case)
         self.params, self.state = variables_of(case, self.system)
-        self.image = jnp.asarray(case.inputs["image"].transpose(0, 2, 3, 1), jnp.float32)
-        self.vectors = jnp.asarray(case.inputs["feature"], jnp.float32)
+        self.image = jnp.asarray(case.inputs["image"].transpose(0, 2, 3, 1), float)
+        self.vectors = jnp.asarray(case.inputs["feature"], float)
 
     def mask(self, noise: str, low: float, rate: float) -> RowMask:
         """The mask of recorded noise."""
         rows = self.system.row_count
         filled = int(np.ceil(rows * rate))
-        return mask_rows(jnp.asarray(self.case.inputs[noise], jnp.float32), int(np.ceil(rows * low)), filled)
+        return mask_rows(jnp.asarray(self.case.inputs[noise]), int(np.ceil(rows * low)), filled)
 
     @property
     def training_mask(self) -> RowMask:
@@ -327,7 +331,7 @@ def replay_nearby(case: Case) -> dict[str, Reproduced]:
     """Vectors near others: shares of the rows with each deviation, then in the recorded order."""
     text = case.meaning("nearby/samples")
     deviations, shares = ([float(x) for x in re.split(r"\s*,\s*", part)] for part in re.findall(r"\[([\d., ]+)\]", text)[:2])
-    base, draws = (jnp.asarray(case.inputs[f"nearby/{name}"], jnp.float32) for name in ("base", "z"))
+    base, draws = (jnp.asarray(case.inputs[f"nearby/{name}"], float) for name in ("base", "z"))
     counts = [round(share * len(base)) for share in shares]
     scaled = draws * jnp.asarray(np.repeat(deviations, counts))[:, None]
     return {"nearby/samples": Reproduced(vary(base, scaled[case.inputs["nearby/perm"]]))}
@@ -346,6 +350,13 @@ def replay_schedule(case: Case) -> dict[str, Reproduced]:
 
 def replay(case: Case) -> dict[str, Reproduced]:
     """Every recorded output of a Vec2Face case that is there to compare."""
+    # As it was recorded. In float32 a rectifier's input that lies within rounding of 0 takes the other side, which moves gradients by up to
+    # 1.6e-2 of their largest value.
+    with jax.enable_x64(True):
+        return _replay(case)
+
+
+def _replay(case: Case) -> dict[str, Reproduced]:
     run = Replay(case)
     found = run.forward() | replay_rates(case, run.system)
     if case.wants("gen/"):

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskae.vectors import at_least_float32
+
 # ImageNet's statistics for images in -1..1.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 CONVOLUTIONS = (2, 2, 3, 3, 3)
@@ -58,11 +60,11 @@ def map_distance(maps: Sequence[jax.Array], others: Sequence[jax.Array], weights
         weights: [C] of each map; None is the mean over channels.
 
     Returns:
-        float32 [B].
+        At least float32 [B].
     """
 
     def unit(x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = at_least_float32(x)
         squared = jnp.square(x).sum(-1, keepdims=True)
         # The gradient of a square root at 0 is no number.
         length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
@@ -76,9 +78,9 @@ def map_distance(maps: Sequence[jax.Array], others: Sequence[jax.Array], weights
 
 
 def structural_similarity(images: jax.Array, others: jax.Array, taps: int = 11, sigma: float = 1.5, data_range: float = 1.0) -> jax.Array:
-    """SSIM of [B, H, W, C], mean over positions, channels and examples; a Gaussian window, no padding, K1 0.01, K2 0.03. float32 scalar.
+    """SSIM of [B, H, W, C], a scalar, at least float32: mean over positions, channels and examples; K1 0.01, K2 0.03.
 
-    Images smaller than the window get the largest odd one that fits.
+    The window is Gaussian, without padding. Images smaller than it get the largest odd one that fits.
     """
 
     def blur(x: jax.Array) -> jax.Array:
@@ -91,7 +93,7 @@ def structural_similarity(images: jax.Array, others: jax.Array, taps: int = 11, 
             x = sum(window[i] * jax.lax.slice_in_dim(x, i, i + reach, axis=axis) for i in range(count))  # type: ignore[assignment]
         return x
 
-    a, b = images.astype(jnp.float32), others.astype(jnp.float32)
+    a, b = at_least_float32(images), at_least_float32(others)
     stacked = jnp.concatenate([a, b, a * a, b * b, a * b], -1)
     mean_a, mean_b, square_a, square_b, product = jnp.split(blur(stacked), 5, axis=-1)
     first, second = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2

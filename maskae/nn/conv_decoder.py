@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from maskae.nn.sharding import constrain
+from maskae.vectors import at_least_float32
 
 GROUPS = 32
 
 
 def group_norm(groups: int, epsilon: float, dtype: Any, name: str) -> nn.GroupNorm:
-    """Group norm with the two-pass variance, statistics in float32."""
+    """Group norm with the two-pass variance, statistics in at least float32."""
     return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
@@ -65,7 +66,7 @@ class ConvDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, h, w, C] -> float32 [B, h * 2^(levels-1), ..., channels] without an output nonlinearity, and intermediate maps by name."""
+        """[B, h, w, C] -> at least float32 [B, h * 2^(levels-1), ..., channels], no output nonlinearity, and intermediate maps by name."""
         make = nn.remat(ConvResidual, prevent_cse=False) if self.remat else ConvResidual
         named: dict[str, jax.Array] = {}
         x = nn.Conv(self.width * self.multipliers[-1], (3, 3), dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
@@ -81,7 +82,7 @@ class ConvDecoder(nn.Module):
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name=f"level{level}_upsample")(x)  # [B, 2H, 2W, C]
         x = nn.silu(group_norm(self.groups, 1e-6, self.dtype, "norm_out")(x))
-        return nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_out")(x).astype(jnp.float32), named
+        return at_least_float32(nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_out")(x)), named
 
     def flops(self, side: int, inputs: int) -> float:
         """Matmul FLOPs (2 per multiply-add) of one image from a map of `side` x `side` x `inputs`: 35.8e9 for base."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from maskae.kernels.attention import attention
 from maskae.keys import purpose_key
-from maskae.nn.layers import LayerNorm, OutProjection, QkvProjection, gelu, xavier
+from maskae.nn.layers import Dtype, LayerNorm, OutProjection, QkvProjection, gelu, xavier
 from maskae.nn.sharding import constrain
 
 
@@ -43,43 +43,49 @@ class DropoutAttention(nn.Module):
     """Self-attention; with dropout its weights are written out, without it the shared kernel computes it."""
 
     heads: int
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        query, key, value = QkvProjection(self.heads, name="qkv")(x)
+        query, key, value = QkvProjection(self.heads, dtype=self.dtype, name="qkv")(x)
         if dropout is None or not dropout.rate:
             mixed = attention(query, key, value, implementation="xla")
         else:
             scores = jnp.einsum("bnhk,bmhk->bhnm", query, key) * query.shape[-1] ** -0.5
             mixed = jnp.einsum("bhnm,bmhk->bnhk", dropped(jax.nn.softmax(scores), dropout, "weights"), value)
-        return dropped(OutProjection(name="out")(mixed), dropout, "out")
+        return dropped(OutProjection(dtype=self.dtype, name="out")(mixed), dropout, "out")
 
 
 class DropoutMlp(nn.Module):
     """fc1, GELU, fc2, dropout after both."""
 
     hidden: int
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        inside = dropped(gelu(nn.Dense(self.hidden, kernel_init=xavier, name="fc1")(x)), dropout, "hidden")  # [B, N, hidden]
-        return dropped(nn.Dense(x.shape[-1], kernel_init=xavier, name="fc2")(inside), dropout, "output")
+        inside = gelu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name="fc1")(x))  # [B, N, hidden]
+        mixed = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="fc2")(dropped(inside, dropout, "hidden"))
+        return dropped(mixed, dropout, "output")
 
 
 class DropoutBlock(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)); float32."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); float32, or float64 where `dtype` is."""
 
     heads: int
     mlp_ratio: float = 4.0
     epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """[B, N, D] -> [B, N, D]; no dropout in evaluation."""
         within = [None, None] if dropout is None else [dropout.within(name) for name in ("attention", "mlp")]
         x = constrain(x, "batch")
-        x = x + DropoutAttention(self.heads, name="attention")(LayerNorm(self.epsilon, name="norm1")(x), within[0])
+        branch = LayerNorm(self.epsilon, self.dtype, name="norm1")(x)
+        x = x + DropoutAttention(self.heads, self.dtype, name="attention")(branch, within[0])
         hidden = int(x.shape[-1] * self.mlp_ratio)
-        return x + DropoutMlp(hidden, name="mlp")(LayerNorm(self.epsilon, name="norm2")(x), within[1])
+        branch = LayerNorm(self.epsilon, self.dtype, name="norm2")(x)
+        return x + DropoutMlp(hidden, self.dtype, name="mlp")(branch, within[1])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.nn.batch_norm import BatchNorm
+from maskae.vectors import at_least_float32
 
 DEPTHS = {"r18": (2, 2, 2, 2), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3)}
 
@@ -66,7 +67,7 @@ class FaceNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """[B, H, W, C] in -1..1 -> vectors float32 [B, features], not of length 1, and the stages' maps, fine to coarse."""
+        """[B, H, W, C] in -1..1 -> vectors at least float32 [B, features], not of length 1, and the stages' maps, fine to coarse."""
         pad = ((1, 1), (1, 1))
         x = nn.Conv(self.widths[0], (3, 3), padding=pad, use_bias=False, dtype=self.dtype, name="conv")(images.astype(self.dtype))
         x = prelu(self, BatchNorm(dtype=self.dtype, name="norm")(x, train=self.train), "slope")
@@ -76,8 +77,9 @@ class FaceNetwork(nn.Module):
                 x = FaceBlock(width, 2 if number == 0 else 1, self.train, self.dtype, name=f"stage{stage}_block{number}")(x)
             maps.append(x)
         x = BatchNorm(dtype=self.dtype, name="norm_out")(x, train=self.train)
-        x = nn.Dense(self.features, name="vector")(x.astype(jnp.float32).reshape(len(x), -1))  # [B, features]
-        return BatchNorm(name="vector_norm")(x, train=self.train), tuple(maps)
+        x = at_least_float32(x).reshape(len(x), -1)  # [B, h*w*C]
+        x = nn.Dense(self.features, dtype=x.dtype, name="vector")(x)  # [B, features]
+        return BatchNorm(dtype=x.dtype, name="vector_norm")(x, train=self.train), tuple(maps)
 
     def flops(self, side: int, channels: int) -> float:
         """Matmul FLOPs (2 per multiply-add) of one image of `side` pixels: 24.2e9 for R100 at 112."""

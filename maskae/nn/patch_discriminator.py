@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maskae.nn.conv_decoder import group_norm
+from maskae.vectors import at_least_float32
 
 TAPS = (3, 7, 15)
 SLOPE = 0.1
@@ -36,7 +37,7 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> logits float32 [B, h, w, 1]: 11 x 11 for 112 pixels."""
+        """[B, H, W, C] -> logits at least float32 [B, h, w, 1]: 11 x 11 for 112 pixels."""
 
         def activate(x: jax.Array) -> jax.Array:
             return nn.leaky_relu(x, SLOPE)
@@ -52,7 +53,7 @@ class PatchDiscriminator(nn.Module):
             branch = activate(group_norm(self.groups, 1e-5, self.dtype, f"stage{stage}_residual_norm")(x))
             x = x + nn.Conv(width, (3, 3), dtype=self.dtype, name=f"stage{stage}_residual_conv")(branch)
         x = activate(nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, name="logits_in")(x))
-        return nn.Conv(1, (self.window,) * 2, padding="VALID", dtype=self.dtype, name="logits_out")(x).astype(jnp.float32)
+        return at_least_float32(nn.Conv(1, (self.window,) * 2, padding="VALID", dtype=self.dtype, name="logits_out")(x))
 
     def flops(self, side: int, channels: int) -> float:
         """Matmul FLOPs (2 per multiply-add) of one image of `side` pixels: 5.7e9 for base at 112."""

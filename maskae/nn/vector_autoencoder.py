@@ -12,7 +12,7 @@ from maskae.masking import take_tokens
 from maskae.nn.conv_decoder import ConvDecoder
 from maskae.nn.dropout_block import Dropout, DropoutBlock, dropped
 from maskae.nn.flops import block_flops, linear_flops
-from maskae.nn.layers import LayerNorm, xavier
+from maskae.nn.layers import Dtype, LayerNorm, xavier
 from maskae.nn.row_mask import RowMask
 
 EPSILON = 1e-6
@@ -38,6 +38,7 @@ class VectorAutoencoder(nn.Module):
         map_channels: of the image decoder's input.
         image: the image decoder.
         remat: compute every block anew in the backward pass.
+        dtype: of all but the image decoder; float64 in comparisons with recorded references.
     """
 
     grid: tuple[int, int]
@@ -50,22 +51,23 @@ class VectorAutoencoder(nn.Module):
     map_channels: int
     image: ConvDecoder
     remat: bool = False
+    dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         """The parts; the decoder is as wide as the encoder."""
         length = 1 + self.grid[0] * self.grid[1]
         block = nn.remat(DropoutBlock, prevent_cse=False) if self.remat else DropoutBlock
-        self.vector = nn.Dense(self.width, kernel_init=xavier)
-        self.rows = nn.Dense(length - 1, kernel_init=xavier)
+        self.vector = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier)
+        self.rows = nn.Dense(length - 1, dtype=self.dtype, kernel_init=xavier)
         self.encoder_position = self.param("encoder_position", position_init, (length, self.width))
-        self.encoder_embed_norm = LayerNorm(EPSILON)
-        self.encoder_block = [block(self.heads, self.mlp_ratio, EPSILON) for _ in range(self.depth)]
-        self.encoder_norm = LayerNorm(EPSILON)
-        self.decoder_embed = nn.Dense(self.width, kernel_init=xavier)
+        self.encoder_embed_norm = LayerNorm(EPSILON, self.dtype)
+        self.encoder_block = [block(self.heads, self.mlp_ratio, EPSILON, self.dtype) for _ in range(self.depth)]
+        self.encoder_norm = LayerNorm(EPSILON, self.dtype)
+        self.decoder_embed = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier)
         self.decoder_position = self.param("decoder_position", position_init, (1, length, self.width))
-        self.decoder_block = [block(self.decoder_heads, self.mlp_ratio, EPSILON) for _ in range(self.decoder_depth)]
-        self.decoder_norm = LayerNorm(EPSILON)
-        self.project = nn.Dense(self.map_channels, kernel_init=xavier)
+        self.decoder_block = [block(self.decoder_heads, self.mlp_ratio, EPSILON, self.dtype) for _ in range(self.decoder_depth)]
+        self.decoder_norm = LayerNorm(EPSILON, self.dtype)
+        self.project = nn.Dense(self.map_channels, dtype=self.dtype, kernel_init=xavier)
 
     def expand(self, vectors: jax.Array) -> jax.Array:
         """Vectors [B, D] -> [f, w_1 f + b_1, w_2 f + b_2, ...] [B, 1 + rows, e]: all rows are affine copies of one."""

@@ -42,7 +42,7 @@ EDITS = (("slant", -0.3), ("slant", 0.3), ("brightness", -0.15), ("brightness", 
 
 
 class Critique(NamedTuple):
-    """Logit maps float32 [B, h, w, 1] of the real images, of the painted ones, and of the latter as the generator sees them."""
+    """Logit maps [B, h, w, 1], at least float32, of the real images, of the painted ones, and of the latter as the generator sees them."""
 
     real: jax.Array
     fake: jax.Array
@@ -121,7 +121,7 @@ class Vec2Face(Vec2FaceArguments):
         return map_distance(maps[0], maps[1], [frozen["weights"][f"stage{i}"] for i in range(len(self.vgg_widths))])
 
     def terms(self, state: State, painted: Painted, vectors: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
-        """The generator's unweighted losses but for the adversarial one; float32 scalars."""
+        """The generator's unweighted losses but for the adversarial one; scalars, at least float32."""
         image, rows = painted.image, jax.lax.stop_gradient(painted.rows)
         return {
             "pixel": jnp.square(image - real).mean(),

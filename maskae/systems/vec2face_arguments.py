@@ -17,13 +17,14 @@ from maskae.nn.layers import DTYPES
 from maskae.nn.patch_discriminator import PatchDiscriminator
 from maskae.nn.row_mask import MaskRate
 from maskae.nn.vector_autoencoder import VectorAutoencoder
+from maskae.vectors import at_least_float32
 
 PERCEPTUAL = ("vgg", "identity", "none")
 
 
 def signed(images: jax.Array) -> jax.Array:
-    """Images of a batch, 0..1, as the networks see them, float32 in -1..1."""
-    return 2 * images.astype(jnp.float32) - 1
+    """Images of a batch, 0..1, as the networks see them, at least float32 in -1..1."""
+    return 2 * at_least_float32(images) - 1
 
 
 def in_units(images: jax.Array) -> jax.Array:
@@ -39,7 +40,8 @@ class FaceArguments:
         image_size, channels: of the images.
         layers, widths: of its stages, each of which halves the resolution.
         features: length of an identity vector.
-        dtype: of convolutions; norms, vectors and transformer blocks are float32.
+        dtype: of convolutions; norms, vectors and transformer blocks are float32. "float64", of all of them, is for comparisons with
+            recorded references, under `jax.enable_x64`: rectifiers turn a rounding error next to 0 into a different gradient.
 
     Raises:
         UserError: where the sizes do not fit together.
@@ -57,7 +59,7 @@ class FaceArguments:
         for name, value in vars(self).items():
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, (*DTYPES, "float64"))
         if len(self.layers) != len(self.widths):
             raise UserError(f"layers={self.layers} and widths={self.widths} must have one number per stage each")
 
@@ -173,6 +175,7 @@ class Vec2FaceArguments(FaceArguments):
                 self.paint_width, self.multipliers, self.paint_blocks, self.channels, self.groups, self.remat, jnp.dtype(self.dtype)
             ),
             self.remat,
+            jnp.promote_types(self.dtype, jnp.float32),
         )
 
     @cached_property

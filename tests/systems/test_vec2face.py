@@ -239,9 +239,12 @@ def test_the_official_discriminator():
 
 def test_the_reference_case_is_reproduced(shared):
     case = Case.read(shared / "goldens" / "vec2face" / "a")
-    run = interop.Replay(case)
-    # The gradients take a minute to compile: tools/parity.py compares them too.
-    found = run.forward() | interop.replay_rates(case, run.system) | interop.replay_nearby(case) | interop.replay_schedule(case)
+    with jax.enable_x64(True):
+        run = interop.Replay(case)
+        # The gradients take a minute to compile: tools/parity.py compares them too.
+        found = run.forward() | interop.replay_rates(case, run.system) | interop.replay_nearby(case) | interop.replay_schedule(case)
+    # Rounded to float32 anywhere on the way, a rectifier's input next to 0 moves gradients by a hundredth.
+    assert [name for name, value in found.items() if np.asarray(value.value).dtype == np.float32] == ["schedule/lr"]
     rows = [compare(name, case.outputs[name], value) for name, value in found.items() if name in case.outputs]
     assert len(rows) > 30 and all(row.agrees for row in rows), [row for row in rows if not row.agrees]
 
