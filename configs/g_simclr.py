@@ -97,13 +97,9 @@ BATCH, SMALL_STEPS = 64, 300
 
 def get_config(variant: str = "base") -> ConfigDict:
     """The recipe of one data set; with `_random` SimCLR with the same views and steps, and batches drawn at random."""
-    config = default_config()
     name = "base" if variant == "official" else variant.removesuffix(RANDOM)
     data = SETS[name]
-    config.data.update({"source": data.source, "image_size": data.image_size, "examples": data.records})
-    config.data.update({"train_transform": data.transform, "val_transform": data.transform, "statistics": "unit", "flip": False})
-    config.data.cache = "ram"
-    config.train.batch_size = BATCH
+    config = data_of(default_config(), data)
     set_duration(config.optimizer, warmup_percent=0.0)
     config.evaluate.evaluators = {"ridge": {"features": ("pooled", "p2", "p1")}}
     if name not in SMALL_SETS:
@@ -116,6 +112,15 @@ def get_config(variant: str = "base") -> ConfigDict:
         stages.pop("autoencoder")
         stages["contrast"]["model"] |= {"batching": "random", "records": 0}
     config.stages, config.stage = tuple(stages), stages
+    return config
+
+
+def data_of(config: ConfigDict, data: Set) -> ConfigDict:
+    """`config` with a set's images as the networks see them, in batches of 64."""
+    config.data.update({"source": data.source, "image_size": data.image_size, "examples": data.records})
+    config.data.update({"train_transform": data.transform, "val_transform": data.transform, "statistics": "unit", "flip": False})
+    config.data.cache = "ram"
+    config.train.batch_size = BATCH
     return config
 
 

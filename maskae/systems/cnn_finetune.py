@@ -30,6 +30,7 @@ class CnnFineTune(CnnArguments):
         num_classes: of the task.
         label_smoothing: 0 in the paper.
         views: recipe of random views for training (`maskae.nn.views.VIEWS`); None trains on the images as they come.
+        running_statistics: batch norms normalise by the encoder's running statistics in training too, and leave them as they are.
 
     `init_from` takes the `encoder` of any convolutional run, its running statistics included.
     """
@@ -37,6 +38,7 @@ class CnnFineTune(CnnArguments):
     num_classes: int = 10
     label_smoothing: float = 0.0
     views: str | None = None
+    running_statistics: bool = False
 
     # Batch statistics: microbatches would change the loss.
     couples_examples: ClassVar[bool] = True
@@ -70,7 +72,8 @@ class CnnFineTune(CnnArguments):
         if self.views is not None:
             images = view_called(self.views)(images, batch["example"], purpose_key(rng, "view"), self._pixels[0])
         draws = self.drop_draws(purpose_key(rng, "drop_path"), batch["example"])
-        pyramid, moved = self.encode(params["encoder"], state["encoder"], self.normalised(images), train=True, drop_draws=draws)
+        train = not self.running_statistics
+        pyramid, moved = self.encode(params["encoder"], state["encoder"], self.normalised(images), train=train, drop_draws=draws)
         logits, _ = self.head.run(params["head"], {}, pyramid.pooled)
         loss = label_smoothing_cross_entropy(logits, batch["label"], self.label_smoothing)
         accuracy = (logits.argmax(-1) == batch["label"]).astype(jnp.float32).mean()

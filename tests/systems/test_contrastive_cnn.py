@@ -175,6 +175,19 @@ def test_a_classifier_takes_the_encoder_and_its_statistics() -> None:
         tuned.with_pretrained(fresh, fresh._replace(params={"head": {}}))
 
 
+def test_running_statistics_stay_and_the_loss_is_that_of_evaluation() -> None:
+    tuned = CnnFineTune(**{name: value for name, value in NET.items() if name != "views"}, num_classes=4)
+    params, state = tuned.init(KEY, BATCH)
+    state["encoder"]["stem"]["norm"]["mean"] += 1.0
+    logits = tuned.features(params, state, BATCH)["logits"]
+    expected = -jax.nn.log_softmax(logits)[jnp.arange(4), BATCH["label"]].mean()
+    for held in (True, False):
+        loss, outputs = dataclasses.replace(tuned, running_statistics=held).loss(params, state, BATCH, KEY, 0)
+        moved = outputs.state["encoder"]["stem"]["norm"]["mean"] - state["encoder"]["stem"]["norm"]["mean"]
+        assert (float(jnp.abs(moved).max()) == 0) == held
+        assert (float(loss) == pytest.approx(float(expected), rel=1e-5)) == held
+
+
 def test_words_and_numbers_that_cannot_work_are_named() -> None:
     with pytest.raises(UserError, match="unknown views 'natural_' \\(did you mean 'natural'"):
         SimClr(**(NET | {"views": "natural_"}))
