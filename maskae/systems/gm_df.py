@@ -218,8 +218,7 @@ class GmDf(GmDfParameters):
 
     def features(self, params: Params, state: State, batch: Batch) -> dict[str, jax.Array]:
         """`pooled` [B, E], the normalised embedding; `logits` [B, 2]; `cls` [B, D] and `tokens` [B, L, D] of the image tower; float32."""
-        params = self.whole(params, state)
-        rows = self.rows(batch)
+        params, rows = self.whole(params, state), self.rows(batch)
         seen = self.see(params, batch["image"], rows)
         tokens = seen.tokens.astype(jnp.float32)
         found = {"pooled": self.embedding(params, seen), "logits": self.logits(params, state, seen, rows)}

@@ -240,8 +240,7 @@ class GraphMae:
         nodes, features = batch["nodes"].shape[1:]
         masked = int(self.mask_rate * nodes)
         layers = linear_flops(nodes, features, self.width) + (self.depth - 1) * linear_flops(nodes, self.width, self.width)
-        if self.encoder == "gin":
-            layers += self.depth * linear_flops(nodes, self.width, self.width)
+        layers += self.depth * linear_flops(nodes, self.width, self.width) if self.encoder == "gin" else 0.0
         bridge = linear_flops(nodes, self.width * (self.depth if self.concat_hidden else 1), self.width)
         if self.decoder in ("gin", "mlp"):
             rows = nodes if self.decoder == "gin" else masked
