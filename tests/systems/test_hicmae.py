@@ -21,6 +21,7 @@ from maskae.paths import flatten_paths
 from maskae.systems.contract import System
 from maskae.systems.hicmae import Hicmae
 from maskae.systems.hicmae_arguments import MODALITIES
+from tests.drawn import drawn
 from tests.systems.test_mae import count, dot_flops
 
 SMALL: dict[str, Any] = {"image_size": 16, "frames": 4, "patch_size": 4, "spectrogram_size": (16, 8), "audio_patch_size": 4, "width": 16}
@@ -33,7 +34,7 @@ BATCH = {
     "spectrogram": jax.random.normal(jax.random.key(1), (4, 16, 8)),
     "example": EXAMPLE,
 }
-PARAMS = jax.jit(HICMAE.init)(jax.random.key(0), BATCH).params
+PARAMS = drawn(HICMAE.init, jax.random.key(0), BATCH).params
 INPUTS = HICMAE.inputs(BATCH)
 MASKS = jax.jit(HICMAE.masks)(EXAMPLE, jax.random.key(5))
 

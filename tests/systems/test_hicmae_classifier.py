@@ -16,6 +16,7 @@ from maskae.optim import lr_scale_tree
 from maskae.paths import flatten_paths
 from maskae.systems.contract import System, Variables
 from maskae.systems.hicmae_classifier import HicmaeClassifier
+from tests.drawn import drawn
 from tests.systems.cases import ROOT
 from tests.systems.test_hicmae import BATCH, PARAMS, SMALL
 from tests.systems.test_mae import count, dot_flops
@@ -27,7 +28,7 @@ QUIET: dict[str, Any] = {"flip": False, "erase": 0.0, "mixup": 0.0, "cutmix": 0.
 
 @pytest.fixture(scope="module")
 def fresh() -> Variables:
-    return jax.jit(CLASSIFIER.init)(jax.random.key(5), BATCH)
+    return drawn(CLASSIFIER.init, jax.random.key(5), BATCH)
 
 
 def test_size_of_the_paper() -> None:

@@ -18,12 +18,13 @@ from maskae.nn.patches import patchify
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System
 from maskae.systems.mae import Mae
+from tests.drawn import drawn
 
 SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2}
 SMALL |= {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
 MAE = Mae(**SMALL)
 BATCH = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "example": jnp.arange(3)}
-PARAMS = jax.jit(MAE.init)(jax.random.key(0), BATCH).params
+PARAMS = drawn(MAE.init, jax.random.key(0), BATCH).params
 NOISE = draw_noise(jax.random.key(2), BATCH["example"], 16)
 SIZES: dict[str, dict[str, Any]] = {
     "base": {},

@@ -23,6 +23,7 @@ from maskae.systems.contract import System
 from maskae.systems.mae import Mae
 from maskae.systems.mc_mae import McFineTune, McMae
 from maskae.systems.mr_mae import MrMae, MrMcMae
+from tests.drawn import drawn
 
 SIZES: dict[str, Any] = {"patch_size": 4, "width": 16, "depth": 2, "heads": 2}
 DECODER: dict[str, Any] = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -31,9 +32,9 @@ TEACHERS = {"one": {"weights": "random", **SIZES}, "two": {"weights": "random", 
 MIMIC = MrMae(image_size=16, **SIZES, **DECODER, teachers=TEACHERS, focus="random", mimic_layers=(1, 2))
 MCMAE = McMae(image_size=16, **SIZES, **DECODER, **STAGES)
 BATCH = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "example": jnp.arange(3)}
-VARIABLES = jax.jit(MIMIC.init)(jax.random.key(0), BATCH)
+VARIABLES = drawn(MIMIC.init, jax.random.key(0), BATCH)
 RNG = jax.random.key(2)
-CONV = jax.jit(MCMAE.init)(jax.random.key(0), BATCH).params
+CONV = drawn(MCMAE.init, jax.random.key(0), BATCH).params
 MASK = random_mask(draw_noise(RNG, BATCH["example"], 16), 4)
 
 
@@ -153,7 +154,7 @@ def test_sizes_of_the_released_backbone() -> None:
 
 def test_fine_tuning_takes_the_backbone_and_decays_layers_as_released() -> None:
     tune = McFineTune(image_size=16, **SIZES, **STAGES, num_classes=5, drop_path=0.3)
-    variables = tune.with_encoder(jax.jit(tune.init)(jax.random.key(3), BATCH), CONV["encoder"])
+    variables = tune.with_encoder(drawn(tune.init, jax.random.key(3), BATCH, seed=3), CONV["encoder"])
     taken, given = flatten_paths(variables.params["encoder"]), flatten_paths(CONV["encoder"])
     assert all((leaf == given[path]).all() for path, leaf in taken.items() if path != "position")
     loss, _ = jax.eval_shape(tune.loss, *variables, BATCH | {"label": jnp.asarray([0, 1, 2])}, RNG, 0)

@@ -22,6 +22,7 @@ from maskae.losses.tables import cell_losses, hard_negatives, matching_loss, neg
 from maskae.nn.tables import CellPredictor, TableEncoder
 from maskae.systems.contract import System, Variables
 from maskae.systems.tip import Rows, Tip, choose
+from tests.drawn import drawn
 from tests.systems.test_mae import count
 
 SMALL: dict[str, Any] = {"image_size": 8, "channels": 1, "network": "resnet18", "layers": (1,), "widths": (8,), "stem": "small"}
@@ -40,7 +41,7 @@ def table_of(rows: int, seed: int = 0) -> jax.Array:
 ROWS = Rows(table_of(B), jnp.zeros((B, N), bool).at[0, 1].set(True).at[3, 4].set(True))
 IMAGES = jax.random.uniform(jax.random.key(3), (B, 8, 8, 1))
 BATCH = {"image": IMAGES, "table": ROWS.table, "table_missing": ROWS.missing, "example": EXAMPLE, "index": EXAMPLE}
-STARTED = jax.jit(TIP.init)(jax.random.key(0), BATCH)
+STARTED = drawn(TIP.init, jax.random.key(0), BATCH)
 # Larger weights than at the start, or nothing depends on anything.
 PARAMS = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, STARTED.params)
 STATE = STARTED.state | {"marginals": table_of(5, seed=20)}

@@ -11,6 +11,7 @@ from maskae.errors import UserError
 from maskae.systems.contract import System, Variables
 from maskae.systems.tip import Tip
 from maskae.systems.tip_classifier import TipClassifier
+from tests.drawn import drawn
 from tests.systems.test_tip import BATCH, SMALL, STARTED, B
 
 CLASSIFIER = TipClassifier(**SMALL, num_classes=3)
@@ -19,7 +20,7 @@ LABELLED = BATCH | {"label": jnp.arange(B) % 3}
 
 @pytest.fixture(scope="module")
 def fresh() -> Variables:
-    return jax.jit(CLASSIFIER.init)(jax.random.key(5), BATCH)
+    return drawn(CLASSIFIER.init, jax.random.key(5), BATCH)
 
 
 def test_is_a_system() -> None:

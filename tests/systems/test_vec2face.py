@@ -21,6 +21,7 @@ from maskae.nn.dropout_block import Dropout
 from maskae.nn.row_mask import MaskRate, mask_rows
 from maskae.systems.identity_encoder import margin_logits
 from maskae.systems.vec2face import Vec2Face
+from tests.drawn import drawn
 
 SMALL = {
     "image_size": 8,
@@ -54,7 +55,7 @@ def system() -> Vec2Face:
 
 @pytest.fixture(scope="module")
 def variables(system):
-    return jax.jit(system.init)(jax.random.key(0), {})
+    return drawn(system.init, jax.random.key(0), {})
 
 
 @pytest.fixture(scope="module")
