@@ -7,7 +7,8 @@
     FOLDER/labels.csv                   as for `audio:`; where sound is in files of its own, the clips without one are left out
 
 Frames are cut to a square around their centre and resized to SIDE. Training reads a random window in time and a random part of the frames,
-at the gain of `audio:`; evaluation reads the middle. The sound runs one stride past the last frame (HiCMAE, Sun et al. 2024).
+at the gain of `audio:`; where `data.train_transform` has steps, they see whole frames. Evaluation reads the middle. The sound runs one
+stride past the last frame (HiCMAE, Sun et al. 2024).
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ import numpy as np
 
 from maskae.data.audio import RATE, SPECTROGRAM, Listed, Store, draw_gain, listed, read_rows, read_sound, refuse_absent, split_numbers
 from maskae.data.contract import Record, Source, SourceArguments
-from maskae.data.spec import LABEL, BadRecord, DataSpec, Field
+from maskae.data.spec import LABEL, VIDEO, BadRecord, DataSpec, Field
 from maskae.data.spectrogram import speech_input
 from maskae.errors import UserError
 
-VIDEO = "video"
 NUMBERS = ("SIDE in pixels", "FRAMES", "STRIDE between them", "LENGTH in rows of 10 ms", "mel BINS")
 KEPT = 256  # decoded clips held in memory by each process
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -90,6 +90,7 @@ class ClipSource:
     stride: int
     length: int
     bins: int
+    own_crop: bool = True
 
     @property
     def spec(self) -> DataSpec:
@@ -104,9 +105,11 @@ class ClipSource:
         return self._window(index, frames, rate, self._room(frames) // 2, 1.0)
 
     def sample(self, index: int, generator: np.random.Generator) -> Record:
-        """A random window in time, cropped alike in all frames, with a random gain."""
+        """A random window in time, with `own_crop` cropped alike in all frames, with a random gain."""
         frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
         start = int(generator.integers(0, self._room(frames) + 1))
+        if not self.own_crop:
+            return self._window(index, frames, rate, start, draw_gain(generator))
         top, left, height, width = draw_crop(generator, self.side)
         record = self._window(index, frames, rate, start, draw_gain(generator))
         cut = record[VIDEO][:, top : top + height, left : left + width]
@@ -131,8 +134,7 @@ class ClipSource:
 
 def open_clips(arguments: SourceArguments) -> Source:
     """A split of clips. Raises UserError for a missing or unusable table or file, and where no clip has a sound."""
-    path, numbers = split_numbers(arguments.path, arguments.name, NUMBERS)
-    side, frames, _, length, bins = numbers
+    path, (side, frames, stride, length, bins) = split_numbers(arguments.path, arguments.name, NUMBERS)
     folder = replace(arguments, path=path).resolve("folder")
     videos = Store.find(folder, "video", arguments.name)
     sounds = Store.at(folder, "audio") or videos
@@ -143,4 +145,5 @@ def open_clips(arguments: SourceArguments) -> Source:
     refuse_absent(arguments.name, [row["file"] for row in rows], videos)
     fields = {VIDEO: Field((frames, side, side, 3), "uint8"), SPECTROGRAM: Field((length, bins), "float32")}
     sound_of = {row["file"]: by_stem[PurePosixPath(row["file"]).stem] for row in rows}
-    return ClipSource(videos, sounds, sound_of, listed(arguments, rows, fields, rate=RATE), *numbers)
+    split = listed(arguments, rows, fields, rate=RATE)
+    return ClipSource(videos, sounds, sound_of, split, side, frames, stride, length, bins, arguments.own_crop)

@@ -13,12 +13,15 @@ import pytest
 
 from maskae.data.audio import Store, read_sound, samples_of
 from maskae.data.clips import draw_crop
+from maskae.data.pipeline import Pipeline, generator
 from maskae.data.sources import open_source
 from maskae.data.spec import BadRecord
 from maskae.data.spectrogram import FLOOR, fit_length, log_mel, normalise_spectrogram, speech_input
+from maskae.data.transforms import make_transform
 from maskae.errors import UserError
 
 RATE, FRAME_RATE = 16_000, 10.0
+BRIGHTNESS = np.linspace(20, 220, 20)  # of the frames of a clip
 
 
 def write_sound(path: Path, waveform: np.ndarray, rate: int = RATE) -> None:
@@ -84,6 +87,39 @@ def test_clips_are_pairs_of_one_window(folder: Path) -> None:
     drawn = [source.sample(0, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(drawn[0]["video"], drawn[1]["video"])
     assert not np.array_equal(drawn[0]["spectrogram"], drawn[2]["spectrogram"])
+
+
+def test_training_draws_a_window_then_a_crop_then_a_gain(folder: Path) -> None:
+    """The order in which recorded curves were drawn; without the crop of its own a clip stays whole."""
+    cropping, whole = (open_source("clips:set@8,5,2,96,16", "train", root=str(folder), channels=0, own_crop=own) for own in (True, False))
+    for seed in range(5):
+        twin = np.random.default_rng(seed)
+        start = int(twin.integers(0, 11))
+        plain = whole.sample(0, np.random.default_rng(seed))  # type: ignore[attr-defined]
+        np.testing.assert_allclose(plain["video"].mean((1, 2, 3)), BRIGHTNESS[start : start + 10 : 2], atol=4)
+        top, left, height, width = draw_crop(twin, 8)
+        cut = plain["video"][:, top : top + height, left : left + width]
+        drawn = cropping.sample(0, np.random.default_rng(seed))  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(drawn["video"], [cv2.resize(frame, (8, 8), interpolation=cv2.INTER_LINEAR) for frame in cut])
+        assert not np.array_equal(drawn["spectrogram"], plain["spectrogram"])  # another draw is the gain
+
+
+def test_the_configs_transform_draws_once_for_all_frames(folder: Path) -> None:
+    """A clip's frames are transformed as its first frame alone is by the element's own generator, whichever loader makes the batch."""
+    source = open_source("clips:set@16,5,2,96,16", "train", root=str(folder), channels=0, own_crop=False)
+    steps = make_transform((("rand_augment", {"operations": 4}), ("random_resized_crop", {"scale": (0.08, 0.5)}), ("flip", {})), 0, 16)
+    pipeline, other = (Pipeline(source, steps, batch_size=2, seed=4, threads=threads) for threads in (0, 2))
+    plain = Pipeline(source, make_transform(()), batch_size=2, seed=4).batch(3)
+    with other.iterate(3) as batches:
+        later = next(batches)
+    batch = pipeline.batch(3)
+    np.testing.assert_array_equal(batch["video"], later["video"])
+    np.testing.assert_array_equal(batch["spectrogram"], plain["spectrogram"])
+    for row in range(2):
+        draws = [generator(4, 6 + row, "transform") for _ in range(5)]
+        np.testing.assert_array_equal(batch["video"][row], [steps(f, draw) for f, draw in zip(plain["video"][row], draws, strict=True)])
+    with pytest.raises(UserError, match=r"makes \(5, 12, 12, 3\) of clips \(5, 16, 16, 3\)"):
+        Pipeline(source, make_transform((("resize", {"size": 12}),)), batch_size=2, seed=4).batch(0)
 
 
 def write_clip(path: Path, waveform: np.ndarray) -> None:

@@ -127,6 +127,17 @@ def test_flops_by_formula_are_those_of_the_trace(fresh: Variables) -> None:
     assert dot_flops(trace.jaxpr) == pytest.approx(4 * CLASSIFIER.forward_flops(BATCH) + sums, rel=1e-9)
 
 
+def config_of(variant: str, *overrides: str) -> Any:
+    return load_config(f"{ROOT}/configs/hicmae_classifier.py:{variant}", list(overrides))
+
+
+def test_what_the_data_cannot_serve_is_refused() -> None:
+    absent = ["data.source=audio:none@160,32", "data.examples=8"]
+    config = config_of("ravdess", *absent, "data.train_transform=(('flip', {}),)")
+    with pytest.raises(UserError, match="data.train_transform: audio:none@160,32 has neither images nor clips"):
+        build(config, assumed_sources(config))
+
+
 def test_mistakes_are_refused_early() -> None:
     for wrong, words in (({"branches": "sound"}, "audio"), ({"drop_path": 1.0}, "drop_path"), ({"branches": "audio"}, "there are none")):
         with pytest.raises(UserError, match=words):
