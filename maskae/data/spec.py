@@ -19,6 +19,7 @@ IMAGE = "image"  # uint8 [B, H, W, C] from the host, float32 [B, H, W, C] after 
 VIDEO = "video"  # uint8 [B, T, H, W, C], a field of its source
 LABEL = "label"  # int32 [B], -1 where there is none
 INDEX = "index"  # int32 [B], the record in its source
+CLIP = "clip"  # int32 [B], a field of its source: the clip that a record is a segment of
 EXAMPLE = "example"  # int32 [B], the position in the GLOBAL batch: what per-example draws are keyed by
 VALID = "valid"  # bool [B], only in evaluation batches: False for padding rows
 
