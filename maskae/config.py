@@ -61,7 +61,7 @@ def default_data() -> dict[str, Any]:
         "shard_gigabytes": 500.0,  # of all copies in it
         "image_size": 224,  # pixels per side after the transform
         "channels": 3,
-        "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out
+        "train_transform": (("random_resized_crop", {"scale": (0.2, 1.0)}),),  # on the host, uint8 in and out; frames of a clip alike
         "val_transform": (("resize_center_crop", {}),),
         "flip": True,  # horizontal, with probability 0.5, on the device
         "mixup_alpha": 0.0,  # 0: off; needs labels

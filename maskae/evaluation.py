@@ -35,9 +35,13 @@ class Evaluation:
     """The evaluators of one config. Results lie in `<workdir>/evaluation.json`: a row per kind of feature, each {metric: value}."""
 
     def __init__(self, experiment: Experiment, workdir: Path | None):
-        """`workdir` None keeps nothing on disk. Raises UserError for an unknown evaluator or argument."""
+        """`workdir` None keeps nothing on disk. Raises UserError for an unknown evaluator or argument, or data that cannot serve."""
         self.experiment, self.workdir = experiment, workdir
         self.evaluators = evaluate.make_evaluators(experiment.config.evaluate.evaluators.to_dict())
+        for name, evaluator in self.evaluators.items():
+            if absent := [field for field in getattr(evaluator, "fields", ()) if field not in experiment.spec.fields]:
+                words = f"evaluate.evaluators.{name}: {evaluator} reads the field '{absent[0]}'"
+                raise UserError(f"{words}, which {experiment.spec.name} lacks")
         self.features = jax.jit(self._features)
         self.panels = jax.jit(self._panels)
         self.step, self.rows = read_results(workdir)

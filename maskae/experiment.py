@@ -23,7 +23,7 @@ from maskae.config import build_from
 from maskae.data import device
 from maskae.data.pipeline import Batch, Order, Pipeline, evaluation_batches
 from maskae.data.sources import LimitedSource, Source, open_source
-from maskae.data.spec import DataSpec, Field
+from maskae.data.spec import VIDEO, DataSpec, Field
 from maskae.data.transforms import Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
 from maskae.errors import UserError, check_arguments
@@ -151,8 +151,12 @@ class Experiment:
         return dataclasses.replace(self, order=made)
 
     def transform(self, steps: Any) -> Transform:
-        """The host transform of a config's (name, arguments) pairs; a step that takes a size gets the config's image size."""
-        return make_transform(steps, self.config.data.channels, self.config.data.image_size)
+        """The host transform of a config's (name, arguments) pairs; a step that takes a size gets the config's image size.
+
+        Of clips it gets the source's own.
+        """
+        clip = self.spec.fields.get(VIDEO)
+        return make_transform(steps, self.config.data.channels, clip.shape[1] if clip else self.config.data.image_size)
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
         """Every record of `train` or `val` once, without augmentation."""
@@ -351,6 +355,7 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             cache_gigabytes=data.cache_gigabytes,
             shard_folder=data.shard_folder or None,
             shard_gigabytes=data.shard_gigabytes,
+            own_crop=not data.train_transform,
         )
 
     return opened("train", data.max_examples or None), opened("val", None)
@@ -419,6 +424,9 @@ def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh
     for name, text in config.data.fields.items():
         if (given := spec.fields.get(name)) is not None and len(given.shape) != len(Field.parse(text).shape):
             raise UserError(f"data.fields.{name}={text}, but {config.data.source} has {given}")
+    for name in ("train_transform", "val_transform"):
+        if config.data[name] and not (spec.has_images or VIDEO in spec.fields):
+            raise UserError(f"data.{name}: {config.data.source} has neither images nor clips to transform; set it to ()")
     classes = getattr(system, "num_classes", None)
     if classes is not None and classes != spec.num_classes:
         raise UserError(f"model.num_classes={classes}, but {config.data.source} has {spec.num_classes or 'no labels'}")

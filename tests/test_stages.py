@@ -175,6 +175,7 @@ def points(monkeypatch) -> Experiment:
     config = default_config()
     config.system, config.model = "centres", {}
     config.data.update({"source": "points", "channels": 0, "fields": {"points": "float32[4,3]"}, "examples": 24})
+    config.data.update({"train_transform": (), "val_transform": ()})
     config.train.batch_size, config.evaluate.batch_size = 8, 16
     config.evaluate.evaluators = {"knn": {}}
     config.evaluate.map_examples = 12

@@ -141,12 +141,17 @@ def samples_of(length: int) -> int:
     return round(RATE * ((length - 1) * SHIFT_SECONDS + WINDOW_SECONDS))
 
 
-def split_numbers(path: str, name: str, names: Sequence[str]) -> tuple[str, list[int]]:
-    """`PATH@1,2,3` as its parts. Raises UserError unless there is one positive whole number for each of `names`."""
+def split_numbers(path: str, name: str, names: Sequence[str], optional: str = "") -> tuple[str, list[int]]:
+    """`PATH@1,2,3` as its parts. Raises UserError unless there is one positive whole number for each of `names`.
+
+    One more may stand at the end where `optional` says what it is.
+    """
     stem, _, text = path.rpartition("@")
     numbers = text.split(",")
-    if not stem or len(numbers) != len(names) or not all(each.isdigit() and int(each) > 0 for each in numbers):
-        raise UserError(f"{name}: write the path, an @ and {len(names)} positive numbers: {', '.join(names)}")
+    counts = (len(names), len(names) + 1) if optional else (len(names),)
+    if not stem or len(numbers) not in counts or not all(each.isdigit() and int(each) > 0 for each in numbers):
+        last = f", and maybe {optional}" if optional else ""
+        raise UserError(f"{name}: write the path, an @ and {len(names)} positive numbers: {', '.join(names)}{last}")
     return stem, [int(each) for each in numbers]
 
 

@@ -1,13 +1,17 @@
 """Clips with sound: `clips:FOLDER@SIDE,FRAMES,STRIDE,LENGTH,BINS` gives `video` uint8 [FRAMES, SIDE, SIDE, 3], every STRIDE-th frame, and
 `spectrogram` float32 [LENGTH, BINS] of the same time.
 
+With a sixth number, SEGMENTS, a validation clip is so many records, and every record has `clip` int32, the clip's number in its split.
+
     FOLDER/video.zip or FOLDER/video/   clips that OpenCV reads
     FOLDER/audio.zip or FOLDER/audio/   their sound in files of the same names with other endings (see `maskae.data.audio`); where there
                                         is neither, the clips' own sound
     FOLDER/labels.csv                   as for `audio:`; where sound is in files of its own, the clips without one are left out
 
 Frames are cut to a square around their centre and resized to SIDE. Training reads a random window in time and a random part of the frames,
-at the gain of `audio:`; evaluation reads the middle. The sound runs one stride past the last frame (HiCMAE, Sun et al. 2024).
+at the gain of `audio:`; where `data.train_transform` has steps, they see whole frames. Evaluation reads the middle, or the segments: of
+every STRIDE-th frame the first FRAMES, the last FRAMES, and between them others at equal distances; in a clip that is too short they are
+one and the same. The sound runs one stride past the last frame (HiCMAE, Sun et al. 2024).
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ import numpy as np
 
 from maskae.data.audio import RATE, SPECTROGRAM, Listed, Store, draw_gain, listed, read_rows, read_sound, refuse_absent, split_numbers
 from maskae.data.contract import Record, Source, SourceArguments
-from maskae.data.spec import LABEL, BadRecord, DataSpec, Field
+from maskae.data.spec import CLIP, LABEL, VIDEO, BadRecord, DataSpec, Field
 from maskae.data.spectrogram import speech_input
 from maskae.errors import UserError
 
-VIDEO = "video"
 NUMBERS = ("SIDE in pixels", "FRAMES", "STRIDE between them", "LENGTH in rows of 10 ms", "mel BINS")
+SEGMENTS = "SEGMENTS of a validation clip (at least 2, or none)"
 KEPT = 256  # decoded clips held in memory by each process
 SCALES = (1.0, 0.875, 0.75, 0.66)
 WHOLE_WITHIN = 3  # pixels: a crop's side nearer than this to the whole is the whole
@@ -79,7 +83,11 @@ def draw_crop(generator: np.random.Generator, side: int) -> tuple[int, int, int,
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Clips of `videos` with their sound in `sounds`, whose files `sound_of` names by those of the clips."""
+    """Clips of `videos` with their sound in `sounds`, whose files `sound_of` names by those of the clips.
+
+    Record i of a split with `segments` is segment i // n of clip i % n, so that any number of evenly spaced records that `segments` divides
+    holds whole clips.
+    """
 
     videos: Store
     sounds: Store
@@ -90,6 +98,8 @@ class ClipSource:
     stride: int
     length: int
     bins: int
+    segments: int = 0
+    own_crop: bool = True
 
     @property
     def spec(self) -> DataSpec:
@@ -97,16 +107,22 @@ class ClipSource:
         return self.rows.spec
 
     def __len__(self) -> int:
-        return len(self.rows.files)
+        return len(self.rows.files) * max(1, self.segments)
 
     def __getitem__(self, index: int) -> Record:
-        frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
-        return self._window(index, frames, rate, self._room(frames) // 2, 1.0)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        segment, clip = divmod(index, len(self.rows.files))
+        frames, rate = read_frames(self.videos, self.rows.files[clip], self.side)
+        start = self._segment_start(frames, segment) if self.segments else self._room(frames) // 2
+        return self._window(clip, frames, rate, start, 1.0)
 
     def sample(self, index: int, generator: np.random.Generator) -> Record:
-        """A random window in time, cropped alike in all frames, with a random gain."""
+        """A random window in time, with `own_crop` cropped alike in all frames, with a random gain."""
         frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
         start = int(generator.integers(0, self._room(frames) + 1))
+        if not self.own_crop:
+            return self._window(index, frames, rate, start, draw_gain(generator))
         top, left, height, width = draw_crop(generator, self.side)
         record = self._window(index, frames, rate, start, draw_gain(generator))
         cut = record[VIDEO][:, top : top + height, left : left + width]
@@ -116,23 +132,29 @@ class ClipSource:
     def _room(self, frames: np.ndarray) -> int:
         return max(0, len(frames) - self.frames * self.stride)
 
-    def _window(self, index: int, frames: np.ndarray, rate: float, start: int, gain: float) -> Record:
+    def _segment_start(self, frames: np.ndarray, segment: int) -> int:
+        room = max(0, -(-len(frames) // self.stride) - self.frames)  # in strides
+        return self.stride * (segment * room // (self.segments - 1))
+
+    def _window(self, clip: int, frames: np.ndarray, rate: float, start: int, gain: float) -> Record:
         # A clip that is too short stands still at its end, and is silent.
         chosen = np.minimum(start + self.stride * np.arange(self.frames), len(frames) - 1)
         begin, end = (round((start + count) / rate * RATE) for count in (0, self.frames * self.stride))
-        sound = read_sound(self.sounds, self.sound_of[self.rows.files[index]])[begin:end]
+        sound = read_sound(self.sounds, self.sound_of[self.rows.files[clip]])[begin:end]
         spectrogram = speech_input(sound, self.length, rate=RATE, bins=self.bins, gain=gain)
-        return {VIDEO: np.ascontiguousarray(frames[chosen]), SPECTROGRAM: spectrogram, LABEL: int(self.rows.labels[index])}
+        record = {VIDEO: np.ascontiguousarray(frames[chosen]), SPECTROGRAM: spectrogram, LABEL: int(self.rows.labels[clip])}
+        return record | {CLIP: np.int32(clip)} if CLIP in self.spec.fields else record
 
     def name(self, index: int) -> str:
         """The clip's file."""
-        return f"{self.videos.path}:{self.rows.files[index]}"
+        return f"{self.videos.path}:{self.rows.files[index % len(self.rows.files)]}"
 
 
 def open_clips(arguments: SourceArguments) -> Source:
     """A split of clips. Raises UserError for a missing or unusable table or file, and where no clip has a sound."""
-    path, numbers = split_numbers(arguments.path, arguments.name, NUMBERS)
-    side, frames, _, length, bins = numbers
+    path, (side, frames, stride, length, bins, *rest) = split_numbers(arguments.path, arguments.name, NUMBERS, optional=SEGMENTS)
+    if rest == [1]:
+        raise UserError(f"{arguments.name}: 1 segment is the middle, which evaluation reads without a sixth number")
     folder = replace(arguments, path=path).resolve("folder")
     videos = Store.find(folder, "video", arguments.name)
     sounds = Store.at(folder, "audio") or videos
@@ -142,5 +164,10 @@ def open_clips(arguments: SourceArguments) -> Source:
         raise UserError(f"{arguments.name}: none of the clips has a sound file of its name in {sounds.path}")
     refuse_absent(arguments.name, [row["file"] for row in rows], videos)
     fields = {VIDEO: Field((frames, side, side, 3), "uint8"), SPECTROGRAM: Field((length, bins), "float32")}
+    split, segments = listed(arguments, rows, fields, rate=RATE), 0
+    if rest:
+        counts = split.spec.counts | {"val": split.spec.counts["val"] * rest[0]}
+        split = replace(split, spec=replace(split.spec, fields=fields | {CLIP: Field((), "int32")}, counts=counts))
+        segments = rest[0] if arguments.split == "val" else 0
     sound_of = {row["file"]: by_stem[PurePosixPath(row["file"]).stem] for row in rows}
-    return ClipSource(videos, sounds, sound_of, listed(arguments, rows, fields, rate=RATE), *numbers)
+    return ClipSource(videos, sounds, sound_of, split, side, frames, stride, length, bins, segments, arguments.own_crop)

@@ -27,12 +27,12 @@ from absl import flags
 
 from maskae.data.contract import Record, Source, sample_record
 from maskae.data.images import Picture
-from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, NO_LABEL, VALID, BadRecord
+from maskae.data.spec import EXAMPLE, IMAGE, INDEX, LABEL, NO_LABEL, VALID, VIDEO, BadRecord
 from maskae.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Row = dict[str, Any]  # one example: a numpy array or number per name
-Transform = Callable[[Any, np.random.Generator], np.ndarray]  # (uint8 [H, W, C] or bytes, generator) -> uint8 [H', W', C']
+Transform = Callable[[Any, np.random.Generator], np.ndarray]  # (uint8 [H, W, C] or bytes, generator) -> uint8 [H', W', C']; clips too
 
 class Order(Protocol):
     """The endless global order: [j] is the record of element j (with views, of elements j * views ...); a pure function of j."""
@@ -133,10 +133,18 @@ class BatchLoader:
 
 
 def make_row(record: Record, index: int, transform: Transform, draw: np.random.Generator) -> Row:
-    """One row of a batch: the record's arrays, its image transformed, its label (-1 where it has none) and its number."""
+    """One row of a batch: the record's arrays, its image or clip transformed, its label (-1 where it has none) and its number.
+
+    Raises UserError where the transform changes the shape of a clip, which the source's spec has promised.
+    """
     row: Row = {**record, LABEL: np.int32(record.get(LABEL, NO_LABEL)), INDEX: np.int32(index)}
     if IMAGE in row:
         row[IMAGE] = transform(row[IMAGE], draw)
+    if VIDEO in row:
+        row[VIDEO] = transform(record[VIDEO], draw)
+        if row[VIDEO].shape != record[VIDEO].shape:
+            shapes = f"{row[VIDEO].shape} of clips {record[VIDEO].shape}"
+            raise UserError(f"the transform makes {shapes}: leave out its size, which is the clips' own then")
     return row
 
 
@@ -177,7 +185,7 @@ class Pipeline:
     ):
         """Args:
           source: the records.
-          transform: (image, generator) -> uint8 [H, W, C], of one shape for all records.
+          transform: (image, generator) -> uint8 [H, W, C], of one shape for all records; of a clip [T, H, W, C] the same shape.
           batch_size: of the GLOBAL batch; process_count * views must divide it.
           seed: of the order and of the transforms.
           process_index, process_count: which of how many hosts this is.

@@ -281,6 +281,7 @@ def open_source(
     cache_gigabytes: float = 16.0,
     shard_folder: str | None = None,
     shard_gigabytes: float = 500.0,
+    own_crop: bool = True,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -297,6 +298,7 @@ def open_source(
       cache_gigabytes: of one such cache (10^9 bytes); what does not fit is read anew each time. Each worker process has one.
       shard_folder: where shards from a bucket are kept; by default `.cache/maskae/shards` in the home folder.
       shard_gigabytes: of all shards kept there.
+      own_crop: False where a transform takes the place of the crop that `clips:` training records have by themselves.
 
     Raises UserError for an unknown source or split, a missing or empty folder, or a split without records.
     """
@@ -313,7 +315,8 @@ def open_source(
     for what, value in (("cache_gigabytes", cache_gigabytes), ("shard_gigabytes", shard_gigabytes)):
         if value <= 0:
             raise UserError(f"{source}: {what} must be positive, not {value}")
-    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, shard_folder, shard_gigabytes)
+    shards: dict[str, Any] = {"shard_folder": shard_folder, "shard_gigabytes": shard_gigabytes}
+    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, **shards, own_crop=own_crop)
     opened = SOURCES[kind](arguments)
     if len(opened) == 0:
         raise UserError(f"{source}: no records in split '{split}' (val_percent is {val_percent})")

@@ -12,12 +12,14 @@ from typing import Any
 
 from maskae.errors import UserError
 
-# Every other name is a field of its source (`DataSpec.fields`), such as video [B, T, H, W, C], volume [B, D, H, W, C], spectrogram
-# [B, T, F], points [B, N, 3], tokens [B, L] and token_mask [B, L], table [B, F] and table_missing [B, F], sensor_<name> [B, H, W, C], and
-# for graphs nodes [B, N, D], senders [B, E], receivers [B, E], node_mask [B, N], edge_mask [B, E].
+# Every other name is a field of its source (`DataSpec.fields`), such as volume [B, D, H, W, C], spectrogram [B, T, F], points [B, N, 3],
+# tokens [B, L] and token_mask [B, L], table [B, F] and table_missing [B, F], sensor_<name> [B, H, W, C], and for graphs nodes [B, N, D],
+# senders [B, E], receivers [B, E], node_mask [B, N], edge_mask [B, E].
 IMAGE = "image"  # uint8 [B, H, W, C] from the host, float32 [B, H, W, C] after the device transform
+VIDEO = "video"  # uint8 [B, T, H, W, C], a field of its source
 LABEL = "label"  # int32 [B], -1 where there is none
 INDEX = "index"  # int32 [B], the record in its source
+CLIP = "clip"  # int32 [B], a field of its source: the clip that a record is a segment of
 EXAMPLE = "example"  # int32 [B], the position in the GLOBAL batch: what per-example draws are keyed by
 VALID = "valid"  # bool [B], only in evaluation batches: False for padding rows
 

@@ -15,9 +15,8 @@ import cv2
 import numpy as np
 
 from maskae.data.audio import SPECTROGRAM, AudioSource, open_audio, split_numbers
-from maskae.data.clips import VIDEO
 from maskae.data.contract import Record, Source, SourceArguments
-from maskae.data.spec import LABEL, DataSpec, Field
+from maskae.data.spec import LABEL, VIDEO, DataSpec, Field
 from maskae.errors import UserError
 
 NUMBERS = ("SIDE in pixels", "FRAMES", "LENGTH in rows of 10 ms", "mel BINS")

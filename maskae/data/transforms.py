@@ -2,12 +2,14 @@
 
     make_transform((("random_resized_crop", {"size": 224, "scale": (0.2, 1.0)}), ("flip", {})), channels=3)
 
-Crops come first and see the image undecoded (`Picture`), so that no more is decoded than they need; the other steps see uint8 [H, W, C].
-All random numbers come from the generator given with the image, which the pipeline makes from (seed, element).
+A crop that comes first sees the image undecoded (`Picture`), so that no more is decoded than it needs; other steps see uint8 [H, W, C].
+All frames of a clip are changed by the same draws. All random numbers come from the generator given with the image, which the pipeline
+makes from (seed, element).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +140,7 @@ class ColorJitter:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """timm's `rand-m9-mstd0.5-inc1`; `fill` is the colour of what rotations and shifts bring in."""
+    """timm's `rand-m9-n2-mstd0.5-inc1`; `fill` is the colour of what rotations and shifts bring in."""
 
     operations: int = 2
     magnitude: float = 9.0
@@ -215,7 +217,13 @@ class Transform:
     channels: int | None = None
 
     def __call__(self, image: bytes | np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """`image`: the bytes of an image file or uint8 [H, W, c]. Returns uint8 [H', W', C]. Raises BadRecord for a damaged file."""
+        """`image`: the bytes of an image file or uint8 [H, W, c]. Returns uint8 [H', W', C]. Raises BadRecord for a damaged file.
+
+        A clip uint8 [T, H, W, c] becomes [T, H', W', C]: every frame goes through the same draws, from a copy of the generator.
+        """
+        if isinstance(image, np.ndarray) and image.ndim == 4:
+            # Copies cost more than nothing, and most clips have no steps.
+            return np.stack([self(frame, copy.deepcopy(generator)) for frame in image]) if self.steps else image
         channels = self.channels or (image.shape[-1] if isinstance(image, np.ndarray) else 3)
         picture = Picture(image, channels)
         array = None

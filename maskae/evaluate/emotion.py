@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from maskae.evaluate.evaluators import classes_of, column
+from maskae.data.spec import CLIP
+from maskae.errors import UserError
+from maskae.evaluate.evaluators import check_positive, classes_of, column
 from maskae.evaluate.features import Features
 
 
@@ -15,6 +17,21 @@ def recalls(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """(UAR, WAR): the mean over occurring classes of their recall, and the accuracy. int [N] twice."""
     right = predicted == labels
     return float(np.mean([right[labels == each].mean() for each in np.unique(labels)])), float(right.mean())
+
+
+def clip_probabilities(logits: np.ndarray, clips: np.ndarray, segments: int) -> tuple[np.ndarray, np.ndarray]:
+    """(mean over each clip's records of their softmax, float64 [C, K]; the first record of each clip, int [C]).
+
+    logits: float32 [N, K]. clips: int [N], the clip of each record, in any order. Raises UserError where a clip has not `segments` records.
+    """
+    numbers, first, clip, counts = np.unique(clips, return_index=True, return_inverse=True, return_counts=True)
+    if (wrong := np.flatnonzero(counts != segments)).size:
+        advice = "the last number of data.source says how many it has, and evaluate.max_examples must be a multiple of it"
+        raise UserError(f"recall.segments={segments}, but clip {numbers[wrong[0]]} has {counts[wrong[0]]} records: {advice}")
+    powers = np.exp(np.asarray(logits, np.float64) - logits.max(-1, keepdims=True))
+    total = np.zeros((len(numbers), logits.shape[1]))
+    np.add.at(total, clip, powers / powers.sum(-1, keepdims=True))
+    return total / segments, first
 
 
 def correlation(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -37,15 +54,32 @@ def concordance(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Recall:
-    """`uar`, the mean over classes of their recall, and `war`, the accuracy, of the `logits` on the validation split. Needs no seed."""
+    """`uar`, the mean over classes of their recall, and `war`, the accuracy, of the `logits` on the validation split. Needs no seed.
 
+    With `segments` above 1 it judges clips, by the mean of the probabilities of their so many records (see `clip_probabilities`).
+    """
+
+    segments: int = 1
     needs_labels: ClassVar[bool] = True
+    reads_train: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_positive("recall", segments=self.segments)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What it reads of the records themselves."""
+        return (CLIP,) if self.segments > 1 else ()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The feature that it reads."""
-        return ("logits",)
+        """The feature that it reads, and the fields."""
+        return ("logits", *self.fields)
 
     def __call__(self, train: Features, val: Features, seed: int = 0) -> dict[str, float]:
-        unweighted, weighted = recalls(column(val, "logits", "val").argmax(-1), classes_of(val, "val"))
+        scores, labels = column(val, "logits", "val"), classes_of(val, "val")
+        if self.segments > 1:
+            scores, first = clip_probabilities(scores, column(val, CLIP, "val", dimensions=1), self.segments)
+            labels = labels[first]
+        unweighted, weighted = recalls(scores.argmax(-1), labels)
         return {"uar": unweighted, "war": weighted}

@@ -30,7 +30,8 @@ from maskae.evaluate.ridge import ridge_probe
 class Evaluator(Protocol):
     """Features of the training and the validation split (`maskae.evaluate.extract`) and a seed -> metrics, a pure function.
 
-    One with `reads_train` False (optional) never looks at the training features, and may be given {}.
+    One with `reads_train` False (optional) never looks at the training features, and may be given {}. `fields` (optional) are those of its
+    keys that the data must give.
     """
 
     needs_labels: ClassVar[bool]

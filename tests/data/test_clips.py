@@ -13,12 +13,16 @@ import pytest
 
 from maskae.data.audio import Store, read_sound, samples_of
 from maskae.data.clips import draw_crop
-from maskae.data.sources import open_source
+from maskae.data.contract import Source
+from maskae.data.pipeline import Pipeline, generator
+from maskae.data.sources import LimitedSource, open_source
 from maskae.data.spec import BadRecord
 from maskae.data.spectrogram import FLOOR, fit_length, log_mel, normalise_spectrogram, speech_input
+from maskae.data.transforms import make_transform
 from maskae.errors import UserError
 
 RATE, FRAME_RATE = 16_000, 10.0
+BRIGHTNESS = np.linspace(20, 220, 20)  # of the frames of a clip
 
 
 def write_sound(path: Path, waveform: np.ndarray, rate: int = RATE) -> None:
@@ -86,6 +90,85 @@ def test_clips_are_pairs_of_one_window(folder: Path) -> None:
     assert not np.array_equal(drawn[0]["spectrogram"], drawn[2]["spectrogram"])
 
 
+def test_training_draws_a_window_then_a_crop_then_a_gain(folder: Path) -> None:
+    """The order in which recorded curves were drawn; without the crop of its own a clip stays whole."""
+    cropping, whole = (open_source("clips:set@8,5,2,96,16", "train", root=str(folder), channels=0, own_crop=own) for own in (True, False))
+    for seed in range(5):
+        twin = np.random.default_rng(seed)
+        start = int(twin.integers(0, 11))
+        plain = whole.sample(0, np.random.default_rng(seed))  # type: ignore[attr-defined]
+        np.testing.assert_allclose(plain["video"].mean((1, 2, 3)), BRIGHTNESS[start : start + 10 : 2], atol=4)
+        top, left, height, width = draw_crop(twin, 8)
+        cut = plain["video"][:, top : top + height, left : left + width]
+        drawn = cropping.sample(0, np.random.default_rng(seed))  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(drawn["video"], [cv2.resize(frame, (8, 8), interpolation=cv2.INTER_LINEAR) for frame in cut])
+        assert not np.array_equal(drawn["spectrogram"], plain["spectrogram"])  # another draw is the gain
+
+
+def segmented(folder: Path, numbers: str, split: str = "val") -> Source:
+    """Two validation clips of 20 frames, one to train."""
+    rows = "c0.avi,0,test\nc1.avi,1,test\nc2.avi,0,train\n"
+    (folder / "set" / "labels.csv").write_text(f"file,label,split\n{rows}")
+    return open_source(f"clips:set@{numbers}", split, root=str(folder), channels=0)
+
+
+def test_segments_are_the_first_and_the_last_frames_with_their_own_sound(folder: Path) -> None:
+    source = segmented(folder, "8,3,3,96,16,2")
+    assert len(source) == 4 and source.spec.counts == {"train": 1, "val": 4} and source.spec.fields["clip"].shape == ()
+    records = [source[i] for i in range(4)]
+    assert [(int(each["clip"]), each["label"], source.name(i)[-6:]) for i, each in enumerate(records)] == [
+        (0, 0, "c0.avi"),
+        (1, 1, "c1.avi"),
+        (0, 0, "c0.avi"),
+        (1, 1, "c1.avi"),
+    ]
+    # Of frames 0, 3, ..., 18 the last three start at 12, though a window of nine frames could start at 11.
+    for record, start in zip(records, (0, 0, 12, 12), strict=True):
+        np.testing.assert_allclose(record["video"][:, 4, 4, 1], BRIGHTNESS[start : start + 9 : 3], atol=4)
+    # The tone begins after one second; 0.9 seconds are 88 rows, the last 0.8 seconds 78.
+    silent, heard = (record["spectrogram"].mean(1) for record in records[::2])
+    assert np.ptp(silent[:88]) < 0.1 and heard[:78].min() > silent[:88].max() + 0.2
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_three_segments_short_clips_and_the_training_split(folder: Path) -> None:
+    middle = segmented(folder, "8,3,3,96,16,3")[2]
+    np.testing.assert_allclose(middle["video"][:, 4, 4, 1], BRIGHTNESS[6:15:3], atol=4)
+    short = segmented(folder, "8,9,3,96,16,2")
+    np.testing.assert_array_equal(short[0]["video"], short[2]["video"])
+    np.testing.assert_array_equal(short[0]["spectrogram"], short[2]["spectrogram"])
+    train = segmented(folder, "8,3,3,96,16,2", "train")
+    assert len(train) == 1 and train[0]["clip"] == 0
+    np.testing.assert_allclose(train[0]["video"][:, 4, 4, 1], BRIGHTNESS[5:14:3], atol=4)
+    with pytest.raises(UserError, match="1 segment is the middle"):
+        segmented(folder, "8,3,3,96,16,1")
+
+
+def test_an_even_choice_of_records_keeps_whole_clips(folder: Path) -> None:
+    source = LimitedSource(segmented(folder, "8,3,3,96,16,2"), 2)
+    assert [int(source[i]["clip"]) for i in range(2)] == [0, 0]
+    assert not np.array_equal(source[0]["video"], source[1]["video"])
+
+
+def test_the_configs_transform_draws_once_for_all_frames(folder: Path) -> None:
+    """A clip's frames are transformed as its first frame alone is by the element's own generator, whichever loader makes the batch."""
+    source = open_source("clips:set@16,5,2,96,16", "train", root=str(folder), channels=0, own_crop=False)
+    steps = make_transform((("rand_augment", {"operations": 4}), ("random_resized_crop", {"scale": (0.08, 0.5)}), ("flip", {})), 0, 16)
+    pipeline, other = (Pipeline(source, steps, batch_size=2, seed=4, threads=threads) for threads in (0, 2))
+    plain = Pipeline(source, make_transform(()), batch_size=2, seed=4).batch(3)
+    with other.iterate(3) as batches:
+        later = next(batches)
+    batch = pipeline.batch(3)
+    np.testing.assert_array_equal(batch["video"], later["video"])
+    np.testing.assert_array_equal(batch["spectrogram"], plain["spectrogram"])
+    for row in range(2):
+        draws = [generator(4, 6 + row, "transform") for _ in range(5)]
+        np.testing.assert_array_equal(batch["video"][row], [steps(f, draw) for f, draw in zip(plain["video"][row], draws, strict=True)])
+    with pytest.raises(UserError, match=r"makes \(5, 12, 12, 3\) of clips \(5, 16, 16, 3\)"):
+        Pipeline(source, make_transform((("resize", {"size": 12}),)), batch_size=2, seed=4).batch(0)
+
+
 def write_clip(path: Path, waveform: np.ndarray) -> None:
     """An MP4 of 20 grey frames and, where there are samples at 8 kHz, two channels of sound, the second half as loud."""
     with av.open(str(path), "w") as container:
@@ -148,7 +231,8 @@ def test_crops_lie_inside_and_are_of_the_known_sizes() -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("clips:set@8,5", "5 positive numbers"),
+        ("clips:set@8,5", "5 positive numbers: .* and maybe SEGMENTS"),
+        ("clips:set@8,5,2,96,16,2,2", "5 positive numbers"),
         ("audio:sat@98,16", "did you mean 'set'"),
         ("audio:set/video@98,16", "no file"),
         ("audio:set@98,16", "not in .*audio, for example c0.avi"),

@@ -92,6 +92,41 @@ def test_rand_augment_leaves_a_quarter_of_the_images_alone_and_changes_the_rest(
     assert 0.17 < same < 0.33
 
 
+def test_every_frame_of_a_clip_goes_through_the_same_draws() -> None:
+    """A still clip stays still under every step that draws, and two clips are changed differently."""
+    frame = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    still = np.broadcast_to(frame, (4, *frame.shape))
+    steps = (
+        ("rand_augment", {"operations": 4, "probability": 1.0}),
+        ("random_resized_crop", {"size": 24, "scale": (0.08, 1.0)}),
+        ("flip", {}),
+        ("color_jitter", {"brightness": 0.4, "hue": 0.1}),
+        ("gaussian_blur", {}),
+    )
+    transform = make_transform(steps)
+    changed = [transform(still, generator(seed)) for seed in range(20)]
+    for clip in changed:
+        np.testing.assert_array_equal(clip, np.broadcast_to(clip[:1], clip.shape))
+    assert len({clip.tobytes() for clip in changed}) == 20
+    assert make_transform(())(still, generator()) is still
+
+
+def test_a_clips_crops_keep_to_the_area_and_the_aspect() -> None:
+    """Measured on frames whose colours are their coordinates."""
+    rows, columns = np.meshgrid(np.arange(160), np.arange(160), indexing="ij")
+    clip = np.stack([rows, columns, rows], -1).astype(np.uint8)[None].repeat(2, 0)
+    transform = make_transform((("random_resized_crop", {"size": 160, "scale": (0.08, 1.0), "interpolation": "bilinear"}),))
+    boxes = []
+    for seed in range(150):
+        out = transform(clip, generator(seed)).astype(int)
+        np.testing.assert_array_equal(out[0], out[1])
+        boxes.append([np.ptp(out[0, :, :, 0]) + 1, np.ptp(out[0, :, :, 1]) + 1])
+    heights, widths = np.transpose(boxes)
+    areas, aspects = heights * widths / 160**2, widths / heights
+    assert 0.075 < areas.min() < 0.12 and 0.9 < areas.max() <= 1
+    assert 0.73 < aspects.min() < 0.8 and 1.25 < aspects.max() < 1.37
+
+
 def test_color_jitter_without_strength_changes_nothing_and_brightness_scales() -> None:
     image = smooth_image(8, 8) // 2
     np.testing.assert_array_equal(augment.color_jitter(image, generator()), image)

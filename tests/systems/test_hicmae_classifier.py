@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from maskae.config import load_config
+from maskae.data.transforms import RandAugment, RandomResizedCrop
 from maskae.errors import UserError
+from maskae.evaluate.emotion import Recall
+from maskae.evaluation import Evaluation
 from maskae.experiment import assumed_sources, build
 from maskae.optim import lr_scale_tree
 from maskae.paths import flatten_paths
@@ -126,6 +129,38 @@ def test_flops_by_formula_are_those_of_the_trace(fresh: Variables) -> None:
     # The sum over layers is 2 * D * layers of each modality, which the formula leaves out.
     sums = 4 * 2 * 2 * CLASSIFIER.width * CLASSIFIER.depth
     assert dot_flops(trace.jaxpr) == pytest.approx(4 * CLASSIFIER.forward_flops(BATCH) + sums, rel=1e-9)
+
+
+def config_of(variant: str, *overrides: str) -> Any:
+    return load_config(f"{ROOT}/configs/hicmae_classifier.py:{variant}", list(overrides))
+
+
+def test_the_base_recipe_is_the_papers() -> None:
+    """rand-m7-n4-mstd0.5-inc1 in grey before crops of 0.08 to 1 that are resized linearly, at the clips' own size; two segments."""
+    config = config_of("base")
+    experiment = build(config, assumed_sources(config))
+    augment, crop = experiment.transform(config.data.train_transform).steps
+    assert augment == RandAugment(4, 7.0, 0.5, 0.5, (128, 128, 128), "bicubic")
+    assert crop == RandomResizedCrop(160, (0.08, 1.0), (3 / 4, 4 / 3), "bilinear")
+    assert experiment.batch_shapes()["clip"].shape == (56,)
+    (recall,) = Evaluation(experiment, None).evaluators.values()
+    assert recall == Recall(segments=2) and config.data.source.endswith(",2")
+
+
+@pytest.mark.parametrize("variant", ["tiny", "ravdess"])
+def test_the_small_recipes_transform_nothing(variant: str) -> None:
+    config = config_of(variant)
+    assert config.data.train_transform == () and config.evaluate.evaluators.to_dict() == {"recall": {}}
+
+
+def test_what_the_data_cannot_serve_is_refused() -> None:
+    absent = ["data.source=audio:none@160,32", "data.examples=8"]
+    config = config_of("ravdess", *absent, "data.train_transform=(('flip', {}),)")
+    with pytest.raises(UserError, match="data.train_transform: audio:none@160,32 has neither images nor clips"):
+        build(config, assumed_sources(config))
+    config = config_of("ravdess", *absent, "evaluate.evaluators={'recall': {'segments': 2}}")
+    with pytest.raises(UserError, match=r"evaluators.recall: Recall\(segments=2\) reads the field 'clip', which audio:none@160,32 lacks"):
+        Evaluation(build(config, assumed_sources(config)), None)
 
 
 def test_mistakes_are_refused_early() -> None:
