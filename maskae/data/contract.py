@@ -55,7 +55,10 @@ def sample_record(source: Source, index: int, generator: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class SourceArguments:
-    """What every kind of source is opened with; `path` is the text after the colon of `name`."""
+    """What every kind of source is opened with; `path` is the text after the colon of `name`.
+
+    Without `fetch` a source must not fetch the files that it knows to be published.
+    """
 
     name: str
     path: str
@@ -67,6 +70,7 @@ class SourceArguments:
     statistics: str
     shard_folder: str | None = None
     shard_gigabytes: float = 0.0
+    fetch: bool = True
 
     @property
     def url(self) -> str | None:

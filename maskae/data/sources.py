@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zipfile import BadZipFile
@@ -16,6 +16,7 @@ from maskae.data.clips import open_clips
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, sample_record, stratified_split
 from maskae.data.densities import open_density
 from maskae.data.domains import open_domains
+from maskae.data.downloads import parse_downloads, provide
 from maskae.data.folder import open_folder
 from maskae.data.forgeries import open_forgeries
 from maskae.data.graphs import open_graph_set, open_planetoid
@@ -281,6 +282,8 @@ def open_source(
     cache_gigabytes: float = 16.0,
     shard_folder: str | None = None,
     shard_gigabytes: float = 500.0,
+    downloads: Sequence[tuple[str, str, str]] = (),
+    fetch: bool = True,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -297,8 +300,10 @@ def open_source(
       cache_gigabytes: of one such cache (10^9 bytes); what does not fit is read anew each time. Each worker process has one.
       shard_folder: where shards from a bucket are kept; by default `.cache/maskae/shards` in the home folder.
       shard_gigabytes: of all shards kept there.
+      downloads: (place below the root, URL, SHA-256) of the files that the source reads, see `maskae.data.downloads`.
+      fetch: False for a source that is to be opened only where its files are there.
 
-    Raises UserError for an unknown source or split, a missing or empty folder, or a split without records.
+    Raises UserError for an unknown source or split, a missing or empty folder, a file that cannot be fetched, or a split without records.
     """
     kind, _, path = source.partition(":")
     if kind not in SOURCES:
@@ -313,7 +318,12 @@ def open_source(
     for what, value in (("cache_gigabytes", cache_gigabytes), ("shard_gigabytes", shard_gigabytes)):
         if value <= 0:
             raise UserError(f"{source}: {what} must be positive, not {value}")
-    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, shard_folder, shard_gigabytes)
+    shards = (shard_folder, shard_gigabytes)
+    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, *shards, fetch)
+    if downloads and arguments.url:
+        raise UserError(f"{source}: data.downloads are put into folders on disk, not into {arguments.url}")
+    for file in parse_downloads(downloads, arguments.base):
+        provide(file, source, fetch=fetch)
     opened = SOURCES[kind](arguments)
     if len(opened) == 0:
         raise UserError(f"{source}: no records in split '{split}' (val_percent is {val_percent})")
