@@ -21,7 +21,7 @@ from maskae.config import default_config, load_module, set_duration
 
 study = load_module(Path(__file__).with_name("spark_medical.py"))
 VARIANTS = (*study.SMALL, "base")
-CLASSES = {"tiny": 32, "chest": 2, "natural": 101, "base": 11}
+CLASSES = {"tiny": 32, "chest": 2, "natural": 101, "published": 32, "base": 11}
 
 
 def get_config(variant: str = "base") -> ConfigDict:

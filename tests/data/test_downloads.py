@@ -13,6 +13,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from served import Served
@@ -229,6 +230,22 @@ def test_sources_open_from_what_a_config_says_and_dry_runs_and_plans_fetch_nothi
     train, val = open_sources(config)
     assert (len(train), len(val), train.spec.class_names) == (27, 3, ("cat", "dog")) and served.asked == ["photos.zip"]
     assert len(open_or_assume(config)[0]) == 27
+
+
+def test_the_recipe_on_a_published_volume_fetches_the_volume_and_its_mask(tmp_path: Path, served: Served) -> None:
+    config = load_config(str(ROOT / "configs/spark_medical.py:published"), [f"data.root={tmp_path}"])
+    assert len(open_or_assume(config)[0]) == 1242 and not left(tmp_path)
+    mask = np.zeros((20, 20, 40), np.uint8)
+    mask[5:15, 5:15] = 3
+    volume = np.random.default_rng(0).integers(-1000, 1000, mask.shape).astype(np.int16)
+    for (place, url, _), values in zip(config.data.downloads, (volume, mask), strict=True):
+        assert url.startswith("https://raw.githubusercontent.com/wasserth/TotalSegmentator/")
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / Path(place).name)
+        served.files[place] = (tmp_path / Path(place).name).read_bytes()
+    with config.unlocked():
+        config.data.downloads = tuple((place, served.url(place), sha256(content)) for place, content in served.files.items())
+    train = open_sources(config)[0]
+    assert (len(train), train.spec.class_names) == (30, ("organ 3",))
 
 
 def test_places_start_at_the_root_or_the_environment_or_here(tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
