@@ -28,7 +28,7 @@ study = load_module(Path(__file__).with_name("spark_medical.py"))
 clustered = load_module(Path(__file__).with_name("g_simclr.py"))
 GUIDED = {"guided_tiny": ("tiny", 320), "guided": ("base", 5000)}
 VARIANTS = (*study.SMALL, "base", *GUIDED)
-CLASSES = {"tiny": 32, "chest": 2, "natural": 101, "base": 11}
+CLASSES = {"tiny": 32, "chest": 2, "natural": 101, "published": 32, "base": 11}
 
 
 def get_config(variant: str = "base") -> ConfigDict:

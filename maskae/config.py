@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from maskae.data.downloads import parse_downloads
 from maskae.errors import UserError, check_arguments, nearest
 from maskae.merging import OPEN_GROUPS, SUFFIXES, all_keys, is_duration, siblings, stage_config
 
@@ -49,6 +50,9 @@ def default_data() -> dict[str, Any]:
     return {
         "source": "digits",  # digits | folder:/path | arrayrecord:/path or gs://bucket/path | tfds:name | npz:/path
         "root": "",  # relative paths of `source` start here (or at MASKAE_DATA)
+        # Files that `source` reads, fetched where they are missing: (place below the root, URL, SHA-256). A place that ends in a slash is a
+        # folder, into which a zip or tar archive is unpacked. Another `source` clears them.
+        "downloads": (),
         "val_percent": 10.0,  # share split off for validation where the source has no split of its own
         "split_seed": 0,
         "max_examples": 0,  # use only so many training records, evenly spaced; 0: all
@@ -189,6 +193,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
         given.append(key)
     for key in given:
         _clear_other_suffixes(config, key, given)
+        _clear_downloads(config, key, given)
 
 
 def _open_stage_key(config: ConfigDict, key: str) -> None:
@@ -300,6 +305,18 @@ def _clear_other_suffixes(config: ConfigDict, key: str, given: Iterable[str]) ->
         group[sibling.rpartition(".")[2]] = None
 
 
+def _clear_downloads(config: ConfigDict, key: str, given: Iterable[str]) -> None:
+    """The files that a recipe fetches are for its source: an override with another one needs others, or none."""
+    group_name, _, name = key.rpartition(".")
+    if name != "source" or group_name.rpartition(".")[2] != "data" or f"{group_name}.downloads" in given:
+        return
+    group = config
+    for part in group_name.split("."):
+        group = group[part]
+    if "downloads" in group:  # a stage has only the keys that it changes, see `stage_config`
+        group.downloads = ()
+
+
 def check(config: ConfigDict) -> None:
     """The checks that need neither data nor devices. Raises UserError."""
     for key in all_keys(config):
@@ -313,6 +330,7 @@ def check(config: ConfigDict) -> None:
             if len(set_keys) != 1:
                 what = " and ".join(set_keys) if set_keys else f"none of {group}.{stem}_{{{','.join(SUFFIXES)}}}"
                 raise UserError(f"{what}: a duration has exactly one suffix")
+    parse_downloads(config.data.downloads, Path())
     modes = ("auto", "must", "never")
     if config.checkpoint.resume not in modes:
         value = config.checkpoint.resume

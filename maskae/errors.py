@@ -18,6 +18,12 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def describe(error: Exception) -> str:
+    """The first line of what an exception says, with its kind."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
 def check_choice(name: str, value: str, known: Collection[str]) -> None:
     """Raises UserError, with the nearest right word, where argument `name` has a value that is not among those known."""
     if value not in known:

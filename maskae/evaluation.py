@@ -178,7 +178,8 @@ class Evaluation:
         config = config_module.load_config(own.evaluate.finetune)
         with config.unlocked():
             config.init_from = str(pretrained)
-            for key in ("source", "root", "val_percent", "split_seed", "max_examples", "statistics", "cache", "image_size", "channels"):
+            records = ("source", "root", "downloads", "val_percent", "split_seed", "max_examples", "statistics", "cache")
+            for key in (*records, "image_size", "channels"):
                 config.data[key] = own.data[key]
             for key in ("patch_size", "width", "depth", "heads"):
                 config.model[key] = own.model[key]

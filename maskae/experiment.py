@@ -337,8 +337,11 @@ class Experiment:
         return state, pretrained.step
 
 
-def open_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the validation records. Raises UserError for a source that is not there."""
+def open_sources(config: ConfigDict, *, fetch: bool = True) -> tuple[Source, Source]:
+    """The training and the validation records; published files are fetched where they are missing, unless `fetch` forbids it.
+
+    Raises UserError for a source that is not there.
+    """
     data = config.data
 
     def opened(split: str, max_examples: int | None) -> Source:
@@ -356,6 +359,8 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             shard_folder=data.shard_folder or None,
             shard_gigabytes=data.shard_gigabytes,
             own_crop=not data.train_transform,
+            downloads=data.downloads,
+            fetch=fetch,
         )
 
     return opened("train", data.max_examples or None), opened("val", None)
@@ -380,9 +385,12 @@ class AbsentSource:
 
 
 def open_or_assume(config: ConfigDict) -> tuple[Source, Source]:
-    """As `open_sources`; where the data is not there, its size is taken from `data.examples`. Raises UserError where that is 0."""
+    """As `open_sources`, but nothing is fetched; where the data is not there, its size is taken from `data.examples`.
+
+    Raises UserError where that is 0.
+    """
     try:
-        return open_sources(config)
+        return open_sources(config, fetch=False)
     except UserError as error:
         if not config.data.examples:
             raise

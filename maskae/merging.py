@@ -23,7 +23,9 @@ def group_of(group: ConfigDict, pattern: str) -> ConfigDict:
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:
-    """The whole config of one stage: `config` with what `config.stage[name]` says. A stage with a system of its own has a model of its own.
+    """The whole config of one stage: `config` with what `config.stage[name]` says.
+
+    A stage with a system of its own has a model of its own, and one with a source of its own has downloads of its own.
 
     Raises UserError for an unknown stage or key.
     """
@@ -56,6 +58,8 @@ def merge(config: ConfigDict, partial: ConfigDict, prefix: str, replaced: Sequen
                     config[key] = ConfigDict()
                 merge(config[key], value, prefix, replaced, path)
                 continue
+            if path == "data.source" and "downloads" not in partial:
+                config.downloads = ()
             if not of_model and value is not None and is_duration(key):
                 for sibling in siblings(key):
                     if sibling in config:

@@ -58,6 +58,7 @@ class SourceArguments:
     """What every kind of source is opened with; `path` is the text after the colon of `name`.
 
     `own_crop` False: a transform sees the training records, so a source that crops them itself gives them whole.
+    Without `fetch` a source must not fetch the files that it knows to be published.
     """
 
     name: str
@@ -71,6 +72,7 @@ class SourceArguments:
     shard_folder: str | None = None
     shard_gigabytes: float = 0.0
     own_crop: bool = True
+    fetch: bool = True
 
     @property
     def url(self) -> str | None:

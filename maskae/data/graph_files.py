@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from maskae.data.downloads import download
+from maskae.data.downloads import Published, provide
 from maskae.errors import UserError
 
 PLANETOID_URL = "https://raw.githubusercontent.com/kimiyoung/planetoid/af6abf468a772cc055bec88c52e4d6f51b7c37e3/data/"
@@ -194,11 +194,11 @@ def read_planetoid(folder: Path, name: str) -> NodeGraph:
     return NodeGraph(features.astype(np.uint8) if binary else features, edges, labels, splits)
 
 
-def download_planetoid(name: str, folder: Path) -> None:
-    """Fetches the published files that are missing in `folder`, each checked. Raises UserError where that fails."""
+def provide_planetoid(name: str, folder: Path, *, fetch: bool = True) -> None:
+    """Fetches the published files that are missing in `folder`, each checked. Raises UserError where that fails, or `fetch` forbids it."""
     for part, blob in zip(PLANETOID_PARTS, PLANETOID_BLOBS[name], strict=True):
         file = f"ind.{name}.{part}"
-        download(f"{PLANETOID_URL}{file}", folder / file, blob, f"planetoid:{name}")
+        provide(Published(folder / file, f"{PLANETOID_URL}{file}", blob), f"planetoid:{name}", fetch=fetch)
 
 
 def read_graph_set_npz(path: Path) -> GraphSet:
@@ -266,9 +266,12 @@ def _read_lists(numbers: Iterator[int]) -> tuple[int, list[tuple[int, list[int]]
     return label, [(next(numbers), [next(numbers) for _ in range(next(numbers))]) for _ in range(count)]
 
 
-def download_graph_set(name: str, folder: Path) -> Path:
-    """The file of lists of a set in `TU_BLOBS`, fetched and checked where it is missing. Raises UserError where that fails."""
+def provide_graph_set(name: str, folder: Path, *, fetch: bool = True) -> Path:
+    """The file of lists of a set in `TU_BLOBS`, fetched and checked where it is missing.
+
+    Raises UserError where that fails, or `fetch` forbids it.
+    """
     stem = name.replace("-", "")
     path = folder / f"{stem}.txt"
-    download(f"{TU_URL}{stem}/{stem}.txt", path, TU_BLOBS[name], f"tu:{name}")
+    provide(Published(path, f"{TU_URL}{stem}/{stem}.txt", TU_BLOBS[name]), f"tu:{name}", fetch=fetch)
     return path

@@ -17,8 +17,8 @@ from maskae.data.graph_files import (
     TU_BLOBS,
     GraphSet,
     NodeGraph,
-    download_graph_set,
-    download_planetoid,
+    provide_graph_set,
+    provide_planetoid,
     read_graph_set_lists,
     read_graph_set_npz,
     read_graph_set_text,
@@ -103,7 +103,7 @@ def read_node_graph(arguments: SourceArguments, name: str) -> NodeGraph:
     if found is not None:
         return read_node_npz(found)
     if name in PLANETOID_BLOBS:
-        download_planetoid(name, base / "planetoid")
+        provide_planetoid(name, base / "planetoid", fetch=arguments.fetch)
         return read_planetoid(base / "planetoid", name)
     have = sorted({path.stem for folder in (base / "graphs_node", base) for path in folder.glob("*.npz")} | set(PLANETOID_BLOBS))
     raise UserError(f"{arguments.name}: no graph {archives[0]}{nearest(name, have)}; there are {', '.join(have)}")
@@ -185,7 +185,7 @@ def read_graph_set(arguments: SourceArguments, name: str) -> GraphSet:
         if (folder / f"{name}_A.txt").is_file():
             return read_graph_set_text(folder, name)
     if name in TU_BLOBS:
-        return read_graph_set_lists(download_graph_set(name, base / "graphs_tu"))
+        return read_graph_set_lists(provide_graph_set(name, base / "graphs_tu", fetch=arguments.fetch))
     raise UserError(
         f"{arguments.name}: neither {base / 'graphs_tu' / f'{stem}.npz'} nor {base / name / f'{name}_A.txt'} is there"
         f"{nearest(arguments.path, TU_BLOBS)}; {', '.join(sorted(TU_BLOBS))} are fetched; "

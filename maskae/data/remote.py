@@ -30,7 +30,7 @@ import fsspec
 from maskae.data.contract import Record, Source, SourceArguments
 from maskae.data.records import SHARDS_FILE, SPEC_FILE, ArrayRecordSource
 from maskae.data.spec import BadRecord, DataSpec
-from maskae.errors import UserError
+from maskae.errors import UserError, describe
 
 FETCH_ATTEMPTS = 3
 FETCH_PAUSE_SECONDS = 2.0
@@ -130,12 +130,6 @@ def _copy_checked(shard: Shard, target: Path) -> None:
         if attempt < FETCH_ATTEMPTS:
             time.sleep(FETCH_PAUSE_SECONDS * attempt)
     raise UserError(f"{shard.url} cannot be fetched: {reason}")
-
-
-def describe(error: Exception) -> str:
-    """The first line of what an exception says, with its kind."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zipfile import BadZipFile
@@ -16,6 +16,7 @@ from maskae.data.clips import open_clips
 from maskae.data.contract import SPLITS, STATISTICS, Record, Source, SourceArguments, measure, sample_record, stratified_split
 from maskae.data.densities import open_density
 from maskae.data.domains import open_domains
+from maskae.data.downloads import parse_downloads, provide
 from maskae.data.folder import open_folder
 from maskae.data.forgeries import open_forgeries
 from maskae.data.graphs import open_graph_set, open_planetoid
@@ -282,6 +283,8 @@ def open_source(
     shard_folder: str | None = None,
     shard_gigabytes: float = 500.0,
     own_crop: bool = True,
+    downloads: Sequence[tuple[str, str, str]] = (),
+    fetch: bool = True,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -299,8 +302,10 @@ def open_source(
       shard_folder: where shards from a bucket are kept; by default `.cache/maskae/shards` in the home folder.
       shard_gigabytes: of all shards kept there.
       own_crop: False where a transform takes the place of the crop that `clips:` training records have by themselves.
+      downloads: (place below the root, URL, SHA-256) of the files that the source reads, see `maskae.data.downloads`.
+      fetch: False for a source that is to be opened only where its files are there.
 
-    Raises UserError for an unknown source or split, a missing or empty folder, or a split without records.
+    Raises UserError for an unknown source or split, a missing or empty folder, a file that cannot be fetched, or a split without records.
     """
     kind, _, path = source.partition(":")
     if kind not in SOURCES:
@@ -315,8 +320,12 @@ def open_source(
     for what, value in (("cache_gigabytes", cache_gigabytes), ("shard_gigabytes", shard_gigabytes)):
         if value <= 0:
             raise UserError(f"{source}: {what} must be positive, not {value}")
-    shards: dict[str, Any] = {"shard_folder": shard_folder, "shard_gigabytes": shard_gigabytes}
-    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, **shards, own_crop=own_crop)
+    rest: dict[str, Any] = {"shard_folder": shard_folder, "shard_gigabytes": shard_gigabytes, "own_crop": own_crop, "fetch": fetch}
+    arguments = SourceArguments(source, path, split, root, val_percent, split_seed, channels, statistics, **rest)
+    if downloads and arguments.url:
+        raise UserError(f"{source}: data.downloads are put into folders on disk, not into {arguments.url}")
+    for file in parse_downloads(downloads, arguments.base):
+        provide(file, source, fetch=fetch)
     opened = SOURCES[kind](arguments)
     if len(opened) == 0:
         raise UserError(f"{source}: no records in split '{split}' (val_percent is {val_percent})")

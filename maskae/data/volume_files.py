@@ -1,7 +1,7 @@
-"""Volumes with their masks, from .npz and NIfTI-1 files (nifti.nimh.nih.gov/nifti-1: header of 348 bytes, then the values).
+"""Volumes with their masks, from .npz and NIfTI files.
 
     FILE.npz         arrays NAME [X, Y, Z], and where there are such NAME_seg (whole numbers, 0 outside) and NAME_spacing [3] in mm
-    NAME.nii(.gz)    and beside it NAME_seg.nii(.gz)
+    NAME.nii(.gz)    NIfTI-1 or NIfTI-2, and beside it NAME_seg.nii(.gz)
 
 Values are in the units of the scanner (Hounsfield units for CT), axes as stored (RAS where the set says so).
 """
@@ -9,21 +9,22 @@ Values are in the units of the scanner (Hounsfield units for CT), axes as stored
 from __future__ import annotations
 
 import gzip
-import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
-from maskae.errors import UserError
+from maskae.errors import UserError, describe
+
+if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Image
 
 MASK, SPACING = "_seg", "_spacing"
 ENDINGS = (".nii.gz", ".nii")
-HEADER = 348
-# NIfTI's codes of the plain types.
-TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
+# A header's code of the unit of length: unknown, metres, millimetres, microns.
+MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
 
 class Volume(NamedTuple):
@@ -36,28 +37,54 @@ class Volume(NamedTuple):
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(values [X, Y, Z], spacing float32 [3] in mm) of a NIfTI-1 file, scaled as its header says. Raises UserError for other files."""
+    """(values [X, Y, Z], spacing float32 [3] in mm) of a NIfTI-1 or NIfTI-2 file of one part; axes of one value are left out.
+
+    Values that the header scales are float32, others have the file's type. A header without a unit of length means mm. Raises UserError for
+    other files and those that are not whole.
+    """
+    import nibabel  # only runs on volumes need it
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    order = next((each for each in "<>" if len(raw) >= HEADER and struct.unpack(f"{each}i", raw[:4])[0] == HEADER), None)
-    if order is None or raw[344:347] != b"n+1":
-        raise UserError(f"{path} is no NIfTI-1 file of one part (.nii or .nii.gz)")
-    shape = struct.unpack(f"{order}8h", raw[40:56])
-    code = struct.unpack(f"{order}h", raw[70:72])[0]
-    spacing = np.asarray(struct.unpack(f"{order}8f", raw[76:108])[1:4], np.float32)
-    start, slope, offset = struct.unpack(f"{order}3f", raw[108:120])
-    sizes = [size for size in shape[1 : shape[0] + 1] if size != 1]
-    if len(sizes) != 3 or code not in TYPES:
-        raise UserError(f"{path}: a volume has three axes and a plain number type, not the axes {sizes} and type {code}")
-    kind = np.dtype(order + TYPES[code])
-    if len(raw) < int(start) + int(np.prod(sizes)) * kind.itemsize:
-        raise UserError(f"{path} is cut short: {len(raw)} bytes do not hold {' x '.join(map(str, sizes))} values")
-    values = np.frombuffer(raw, kind, int(np.prod(sizes)), int(start)).reshape(sizes, order="F")
-    if slope not in (0.0, 1.0) or (slope and offset):
-        values = values.astype(np.float32) * np.float32(slope) + np.float32(offset)
-    return values.astype(values.dtype.newbyteorder("=")), spacing
+        found = nibabel.load(path)
+        if not isinstance(found, nibabel.Nifti1Image):  # NIfTI-2's is one, too
+            raise UserError(f"{path} is no NIfTI file of one part (.nii or .nii.gz), but a {type(found).__name__}")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            image = found.from_stream(stream)
+            values = _values(image, path)
+            while stream.read(1 << 20):  # gzip compares its checksum at the end, which may lie behind the values
+                pass
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        raise UserError(f"{path} cannot be read as a whole NIfTI file: {describe(error)}") from error
+    return values, _spacing(image, path)
+
+
+def _values(image: Nifti1Image, path: Path) -> np.ndarray:
+    """The values [X, Y, Z], scaled as the header says, read plane by plane: no second volume is held. Raises UserError."""
+    axes, kind = _axes(image), image.get_data_dtype()
+    stored: Any = image.dataobj
+    if len(axes) != 3 or not all(image.shape) or kind.kind not in "iuf":
+        raise UserError(f"{path}: a volume has three axes and a plain number type, not the axes {list(image.shape)} and type {kind}")
+    scaled = (stored.slope, stored.inter) != (1, 0)
+    values = np.empty([image.shape[axis] for axis in axes], np.float32 if scaled else kind.newbyteorder("="), order="F")
+    for place in range(values.shape[2]):
+        values[..., place] = np.squeeze(stored[(slice(None),) * axes[2] + (place,)])
+    return values
+
+
+def _spacing(image: Nifti1Image, path: Path) -> np.ndarray:
+    """float32 [3] in mm. Raises UserError for a unit of length that NIfTI does not have."""
+    code = int(image.header["xyzt_units"]) % 8
+    if code not in MILLIMETRES:
+        raise UserError(f"{path}: its unit of length has the code {code}; NIfTI knows 1 (metre), 2 (millimetre) and 3 (micron)")
+    return np.asarray(image.header.get_zooms(), np.float32)[_axes(image)] * np.float32(MILLIMETRES[code])
+
+
+def _axes(image: Nifti1Image) -> list[int]:
+    """The axes with more than one value."""
+    return [axis for axis, size in enumerate(image.shape) if size != 1]
 
 
 def stem(path: Path) -> str:

@@ -45,7 +45,7 @@ def planned_experiment(config: ConfigDict, topology: Topology, devices: list[Any
     if devices is None:
         devices = [StandIn(index, index // GPUS_PER_NODE) for index in range(topology.size)]
     mesh: Any = make_mesh(config.mesh.to_dict(), devices)
-    sources = assumed_sources(config) if config.data.examples else open_sources(config)
+    sources = assumed_sources(config) if config.data.examples else open_sources(config, fetch=False)
     return build(config, sources, mesh)
 
 

@@ -1,11 +1,14 @@
-"""A folder of small image files."""
+"""A folder of small image files, and a web server."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pictures import encode, smooth_image
+from served import Served, Server
 
 
 @pytest.fixture
@@ -18,3 +21,14 @@ def photos(tmp_path: Path) -> Path:
             image = smooth_image(24 + number, 40 - number, seed=number)
             (tmp_path / "photos" / label / f"{number:02d}{suffix}").write_bytes(encode(image, form))
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A web server without files, which is asked without a proxy."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.served
+        server.served.gate.set()
+        server.shutdown()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-import urllib.request
 from collections import defaultdict
-from io import BytesIO
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
 from maskae.data import graph_files
-from maskae.data.downloads import blob_name
 from maskae.data.pipeline import Pipeline, evaluation_batches
 from maskae.data.sources import open_source
 from maskae.data.transforms import make_transform
@@ -24,6 +22,11 @@ TEST = [508, 505, 507]
 
 def opened(name, root, split="train", **arguments):
     return open_source(name, split, root=str(root), channels=0, **{"val_percent": 0.0} | arguments)
+
+
+def blob_name(content):
+    """Git's name of a file's contents."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def write_planetoid(folder, name="citeseer"):
@@ -76,34 +79,33 @@ def test_pickles_of_anything_but_arrays_are_refused(tmp_path, capsys):
         opened("planetoid:citeseer", tmp_path)
 
 
-def test_downloads_are_checked_and_resumed(tmp_path, monkeypatch):
+def test_downloads_are_checked_and_resumed(tmp_path, monkeypatch, served):
     words, _ = write_planetoid(tmp_path / "published")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "published").iterdir()}
-    asked = []
-
-    def answer(url, timeout):
-        asked.append(url.rpartition("/")[2])
-        return BytesIO(files[asked[-1]])
-
-    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    served.files = {path.name: path.read_bytes() for path in (tmp_path / "published").iterdir()}
+    monkeypatch.setattr(graph_files, "PLANETOID_URL", served.url(""))
+    with pytest.raises(UserError, match=r"planetoid/ind.citeseer.x is not there; a run fetches it from \S+ind.citeseer.x"):
+        opened("planetoid:citeseer", tmp_path, fetch=False)
+    assert not served.asked
     with pytest.raises(UserError, match="ind.citeseer.x is not the published file"):
         opened("planetoid:citeseer", tmp_path)
-    assert not (tmp_path / "planetoid").exists()
-    names = [blob_name(files[f"ind.citeseer.{part}"]) for part in graph_files.PLANETOID_PARTS]
+    assert not list((tmp_path / "planetoid").iterdir())
+    names = [blob_name(served.files[f"ind.citeseer.{part}"]) for part in graph_files.PLANETOID_PARTS]
     monkeypatch.setitem(graph_files.PLANETOID_BLOBS, "citeseer", names)
     np.testing.assert_array_equal(opened("planetoid:citeseer", tmp_path)[0]["nodes"], words)
-    before = len(asked)
+    before = len(served.asked)
     opened("planetoid:citeseer", tmp_path)
-    assert len(asked) == before
-    assert blob_name(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert len(served.asked) == before
 
 
-def test_a_set_of_graphs_is_downloaded_and_checked_and_equals_the_archive(tmp_path, monkeypatch):
+def test_a_set_of_graphs_is_downloaded_and_checked_and_equals_the_archive(tmp_path, monkeypatch, served):
     listing = b"2\n3 -1\n5 1 1\n5 2 0 2\n7 1 1\n2 1\n7 1 1\n5 1 0\n"
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: BytesIO(listing))
+    served.files = {"MUTAG/MUTAG.txt": listing}
+    monkeypatch.setattr(graph_files, "TU_URL", served.url(""))
+    with pytest.raises(UserError, match=r"MUTAG.txt is not there; a run fetches it from"):
+        opened("tu:mutag", tmp_path, fetch=False)
     with pytest.raises(UserError, match=r"tu:MUTAG: \S+MUTAG/MUTAG.txt is not the published file"):
         opened("tu:mutag", tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "graphs_tu").iterdir())
     monkeypatch.setitem(graph_files.TU_BLOBS, "MUTAG", blob_name(listing))
     source = opened("tu:mutag", tmp_path)
     assert (len(source), source[0]["label"], source[1]["label"]) == (2, 0, 1)
