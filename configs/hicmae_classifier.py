@@ -17,8 +17,8 @@ Without `init_from` it is training from scratch. `--config.data.max_examples=100
            says which fold validates; the released logs give 84.94, 84.91 and choose the best epoch on the test fold).
            The frames of a clip share one draw of RandAugment, then of a crop of 0.08 to 1 of the area, then of mirroring and erasing. It is
            tested by the mean of the probabilities of its first and its last 2.1 seconds, each with its sound; the released test's two crops
-           in space are one where frames are square. Training frames are STRIDE apart like those of the test; the released code spreads 16
-           evenly over 64.
+           in space are one where frames are square. The 16 frames of a training clip are spread evenly over 64, those of the test are every
+           fourth, both as released.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Clips with sound: `clips:FOLDER@SIDE,FRAMES,STRIDE,LENGTH,BINS` gives `video` uint8 [FRAMES, SIDE, SIDE, 3], every STRIDE-th frame, and
 `spectrogram` float32 [LENGTH, BINS] of the same time.
 
-With a sixth number, SEGMENTS, a validation clip is so many records, and every record has `clip` int32, the clip's number in its split.
+With a sixth number, SEGMENTS, for fine-tuning, a validation clip is so many records, and every record has `clip` int32, the clip's number
+in its split; training windows have their FRAMES spread evenly from the first to the last of FRAMES * STRIDE.
 
     FOLDER/video.zip or FOLDER/video/   clips that OpenCV reads
     FOLDER/audio.zip or FOLDER/audio/   their sound in files of the same names with other endings (see `maskae.data.audio`); where there
@@ -121,10 +122,11 @@ class ClipSource:
         """A random window in time, with `own_crop` cropped alike in all frames, with a random gain."""
         frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
         start = int(generator.integers(0, self._room(frames) + 1))
+        # The window is drawn before the crop, and the crop before the gain.
+        top, left, height, width = draw_crop(generator, self.side) if self.own_crop else (0, 0, self.side, self.side)
+        record = self._window(index, frames, rate, start, draw_gain(generator), spread=CLIP in self.spec.fields)
         if not self.own_crop:
-            return self._window(index, frames, rate, start, draw_gain(generator))
-        top, left, height, width = draw_crop(generator, self.side)
-        record = self._window(index, frames, rate, start, draw_gain(generator))
+            return record
         cut = record[VIDEO][:, top : top + height, left : left + width]
         resized = [cv2.resize(frame, (self.side, self.side), interpolation=cv2.INTER_LINEAR) for frame in cut]
         return record | {VIDEO: np.stack(resized)}
@@ -136,10 +138,12 @@ class ClipSource:
         room = max(0, -(-len(frames) // self.stride) - self.frames)  # in strides
         return self.stride * (segment * room // (self.segments - 1))
 
-    def _window(self, clip: int, frames: np.ndarray, rate: float, start: int, gain: float) -> Record:
+    def _window(self, clip: int, frames: np.ndarray, rate: float, start: int, gain: float, spread: bool = False) -> Record:
+        whole = self.frames * self.stride
+        places = np.minimum(np.linspace(0, whole, self.frames).astype(int), whole - 1) if spread else np.arange(0, whole, self.stride)
         # A clip that is too short stands still at its end, and is silent.
-        chosen = np.minimum(start + self.stride * np.arange(self.frames), len(frames) - 1)
-        begin, end = (round((start + count) / rate * RATE) for count in (0, self.frames * self.stride))
+        chosen = np.minimum(start + places, len(frames) - 1)
+        begin, end = (round((start + count) / rate * RATE) for count in (0, whole))
         sound = read_sound(self.sounds, self.sound_of[self.rows.files[clip]])[begin:end]
         spectrogram = speech_input(sound, self.length, rate=RATE, bins=self.bins, gain=gain)
         record = {VIDEO: np.ascontiguousarray(frames[chosen]), SPECTROGRAM: spectrogram, LABEL: int(self.rows.labels[clip])}

@@ -13,7 +13,7 @@ import pytest
 
 from maskae.data.audio import Store, read_sound, samples_of
 from maskae.data.clips import draw_crop
-from maskae.data.contract import Source
+from maskae.data.contract import Source, sample_record
 from maskae.data.pipeline import Pipeline, generator
 from maskae.data.sources import LimitedSource, open_source
 from maskae.data.spec import BadRecord
@@ -141,6 +141,10 @@ def test_three_segments_short_clips_and_the_training_split(folder: Path) -> None
     train = segmented(folder, "8,3,3,96,16,2", "train")
     assert len(train) == 1 and train[0]["clip"] == 0
     np.testing.assert_allclose(train[0]["video"][:, 4, 4, 1], BRIGHTNESS[5:14:3], atol=4)
+    # Spread over all nine frames of the window, to the last: 0, 4 and 8 from its start.
+    drawn, start = sample_record(train, 0, np.random.default_rng(5)), int(np.random.default_rng(5).integers(0, 12))
+    assert start > 0
+    np.testing.assert_allclose(drawn["video"][:, 4, 4, 1], BRIGHTNESS[[start, start + 4, start + 8]], atol=4)
     with pytest.raises(UserError, match="1 segment is the middle"):
         segmented(folder, "8,3,3,96,16,1")
 
