@@ -22,7 +22,7 @@ from maskae import start
 from maskae.config import build_from
 from maskae.data import device
 from maskae.data.pipeline import Batch, Order, Pipeline, evaluation_batches
-from maskae.data.sources import LimitedSource, Source, open_source
+from maskae.data.sources import LimitedSource, Source
 from maskae.data.spec import VIDEO, DataSpec, Field
 from maskae.data.transforms import Transform, make_transform
 from maskae.durations import duration_steps, whole_steps
@@ -30,6 +30,7 @@ from maskae.errors import UserError, check_arguments
 from maskae.evaluate.features import to_host
 from maskae.merging import group_of
 from maskae.optim import Optimizer, clipped, make_optimizer, partition
+from maskae.run_sources import AbsentSource, open_sources
 from maskae.schedules import cosine_between, make_schedule, scaled_learning_rate
 from maskae.stages import StageData
 from maskae.step import TrainState, init_train_state, make_train_step, train_state_of
@@ -335,80 +336,6 @@ class Experiment:
         if pretrained.state:
             state["state"] = start.fill(state["state"], pretrained.state, path)
         return state, pretrained.step
-
-
-def open_sources(config: ConfigDict, *, fetch: bool = True) -> tuple[Source, Source]:
-    """The training and the validation records; published files are fetched where they are missing, unless `fetch` forbids it.
-
-    Raises UserError for a source that is not there.
-    """
-    data = config.data
-
-    def opened(split: str, max_examples: int | None) -> Source:
-        return open_source(
-            data.source,
-            split,
-            root=data.root or None,
-            val_percent=data.val_percent,
-            split_seed=data.split_seed,
-            channels=data.channels,
-            statistics=data.statistics,
-            max_examples=max_examples,
-            cache=data.cache,
-            cache_gigabytes=data.cache_gigabytes,
-            shard_folder=data.shard_folder or None,
-            shard_gigabytes=data.shard_gigabytes,
-            own_crop=not data.train_transform,
-            downloads=data.downloads,
-            fetch=fetch,
-        )
-
-    return opened("train", data.max_examples or None), opened("val", None)
-
-
-@dataclass(frozen=True)
-class AbsentSource:
-    """Stands for records that are not on this machine where only sizes matter (a dry run, a plan); reading one fails."""
-
-    spec: DataSpec
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise UserError(f"{self.spec.name} is not on this machine")
-
-    def name(self, index: int) -> str:
-        """The record's number."""
-        return f"record {index}"
-
-
-def open_or_assume(config: ConfigDict) -> tuple[Source, Source]:
-    """As `open_sources`, but nothing is fetched; where the data is not there, its size is taken from `data.examples`.
-
-    Raises UserError where that is 0.
-    """
-    try:
-        return open_sources(config, fetch=False)
-    except UserError as error:
-        if not config.data.examples:
-            raise
-        logger.info("%s; going on with data.examples=%d as the recipe says", error, config.data.examples)
-    return assumed_sources(config)
-
-
-def assumed_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """Stand-ins for the recipe's data, `data.examples` records that cannot be read."""
-    data = config.data
-    channels = data.channels
-    classes = config.model.num_classes if "num_classes" in config.model else None
-    counts = {"train": data.examples}
-    fields = {name: Field.parse(text) for name, text in data.fields.items()}
-    statistics = (0.5,) * channels, (0.25,) * channels
-    spec = DataSpec(data.source, None, channels, *statistics, num_classes=classes, counts=counts, fields=fields)
-    source = AbsentSource(spec, data.examples)
-    return source, source
 
 
 def build(config: ConfigDict, sources: tuple[Source, Source] | None = None, mesh: Mesh | None = None) -> Experiment:

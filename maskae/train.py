@@ -27,7 +27,7 @@ from maskae.data.pipeline import Batch
 from maskae.errors import UserError, nearest
 from maskae.evaluate import to_host
 from maskae.evaluation import Evaluation
-from maskae.experiment import Experiment, build, data_metadata, open_or_assume
+from maskae.experiment import Experiment, build, data_metadata
 from maskae.merging import stage_config
 from maskae.mesh import data_shard
 from maskae.monitor import (
@@ -47,6 +47,7 @@ from maskae.monitor import (
 from maskae.monitor.tables import write_atomically
 from maskae.processes import barrier, check_shared_folder, gather
 from maskae.report import write_report
+from maskae.run_sources import open_or_assume
 from maskae.stages import Finished, StageData
 from maskae.step import TrainState
 from maskae.stop import Stop

@@ -17,9 +17,10 @@ from maskae.data.contract import sample_record
 from maskae.data.sources import CachedSource, LimitedSource
 from maskae.data.spec import DataSpec, Field
 from maskae.errors import UserError
-from maskae.experiment import Experiment, assumed_sources, build
+from maskae.experiment import Experiment, build
 from maskae.merging import group_of, stage_config
 from maskae.mesh import make_mesh
+from maskae.run_sources import assumed_sources
 from maskae.systems.contract import Outputs, Variables
 from tests.data.test_cache import CountedSource
 from tests.test_train import SMALL

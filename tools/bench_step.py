@@ -34,10 +34,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from maskae.config import load_config, split_arguments
 from maskae.errors import UserError, nearest
-from maskae.experiment import AbsentSource, Experiment, build, open_or_assume
+from maskae.experiment import Experiment, build
 from maskae.host_memory import keep_host_memory
 from maskae.keys import purpose_key
 from maskae.monitor.device_info import describe_run, device_memory, mfu, mfu_text
+from maskae.run_sources import AbsentSource, open_or_assume
 from maskae.step import loss_and_gradients, split_batch
 
 FLAGS = ("--config", "--steps", "--repeats", "--json", "--help")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maskae.experiment import Experiment, assumed_sources, build, open_sources, parameter_count
+from maskae.experiment import Experiment, build, parameter_count
 from maskae.mesh import make_mesh
 from maskae.planning.chips import GPUS_PER_NODE, Topology
 from maskae.planning.collectives import Collective, gpu_seconds, program_collectives, wire_bytes
@@ -20,6 +20,7 @@ from maskae.planning.program import parse_program
 from maskae.planning.report import Flops, Memory, Report, Seconds
 from maskae.planning.tracing import TracedStep, trace_step
 from maskae.planning.traffic import hbm_bytes
+from maskae.run_sources import assumed_sources, open_sources
 
 # Values as large as the largest one of the loss that are alive at once in the backward pass of a block: the scores of attention, their
 # softmax, and the gradients of both.

@@ -23,11 +23,11 @@ from maskae.data import downloads
 from maskae.data.downloads import Published, checksum_of, provide
 from maskae.data.sources import open_source
 from maskae.errors import UserError
-from maskae.experiment import open_or_assume, open_sources
 from maskae.main import main
 from maskae.merging import stage_config
 from maskae.planning.chips import parse_topology
 from maskae.planning.plan import planned_experiment
+from maskae.run_sources import open_or_assume, open_sources
 
 ROOT = Path(__file__).parent.parent.parent
 CONTENT = bytes(range(256)) * 1024

@@ -15,12 +15,13 @@ from maskae import train
 from maskae.checkpoint import Checkpointer
 from maskae.config import build_from, load_config
 from maskae.errors import UserError
-from maskae.experiment import Experiment, assumed_sources
+from maskae.experiment import Experiment
 from maskae.losses.contrastive import nt_xent
 from maskae.merging import stage_config
 from maskae.mesh import make_mesh
 from maskae.monitor import read_metrics
 from maskae.nn.augmentations import color_jitter
+from maskae.run_sources import assumed_sources
 from maskae.schedules import make_schedule
 from maskae.systems import SYSTEMS
 from maskae.systems.contract import System

@@ -14,11 +14,11 @@ import pytest
 from maskae.config import load_config
 from maskae.data.spec import Field
 from maskae.errors import UserError
-from maskae.experiment import open_sources
 from maskae.losses.reconstruction import scaled_cosine_error
 from maskae.nn.graph_batch import add_self_loops, flatten_graphs, table_fields
 from maskae.nn.graph_layers import GatLayer, Graph, attention_weights
 from maskae.nn.node_masks import NodeMask, corrupt, draw_node_mask, mask_nodes
+from maskae.run_sources import open_sources
 from maskae.systems.contract import System
 from maskae.systems.graph_mae import GraphMae
 from maskae.systems.graph_mae_molecules import GraphMaeMolecules

@@ -14,9 +14,10 @@ from maskae.data.transforms import RandAugment, RandomResizedCrop
 from maskae.errors import UserError
 from maskae.evaluate.emotion import Recall
 from maskae.evaluation import Evaluation
-from maskae.experiment import assumed_sources, build
+from maskae.experiment import build
 from maskae.optim import lr_scale_tree
 from maskae.paths import flatten_paths
+from maskae.run_sources import assumed_sources
 from maskae.systems.contract import System, Variables
 from maskae.systems.hicmae_classifier import HicmaeClassifier
 from tests.drawn import drawn
