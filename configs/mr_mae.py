@@ -17,7 +17,9 @@
                0.236 / 0.114, 0.132, 0.121; untrained 0.116, 0.140, 0.148 / 0.097, 0.112, 0.097; raw pixels 0.251 / 0.199. The mimic loss
                falls from 0.90 to 1.02 (steps 1 to 50) to 0.03 to 0.04. The probe beats the teacher's with one seed of three: no gain, and
                600 steps leave both below raw pixels.
-`:conv`        digits with the masked-convolution backbone for stage 2. Not run; no figures.
+`:conv`        digits with the masked-convolution backbone for stage 2, five minutes on one busy core. Seeds 0 to 2, as above: MR-MCMAE
+               0.776, 0.777, 0.776 / 0.914, 0.914, 0.903 (its start 0.618, 0.591, 0.561 / 0.900, 0.869, 0.861), 20 nearest neighbours
+               0.864, 0.850, 0.831 (MAE, the teacher: 0.811, 0.822, 0.808). The mimic loss falls from 1.11 to 1.27 to 0.06 to 0.10.
 `:base`        MR-MCMAE: ConvViT-B with CLIP's and DINO's ViT-B/16, ImageNet-1K, batch 3072, 400 epochs. The paper: 85.8 % fine-tuned; its
                authors released the backbone and never the mimic loss, whose details here follow the text.
 `:vit`         ViT-B/16 with CLIP's ViT-B/16, 200 epochs (the paper: 85.0 % fine-tuned).
