@@ -11,9 +11,10 @@
              `--config.model.anneal_steps=1000 --config.optimizer.base_learning_rate=3e-3`, seed 0: rms distance of the estimated score 4.1
              from the best denoiser's and 19.0 from the density's own, from which the best denoiser is 15.7 (size 19.6): sigma is 0.1 and
              the spiral 0.05 wide.
-`:mixture`   1-D, two modes, sigma 0.2, 3,000 steps of 2,048, which were not run; 1,000 steps of 512 end within 5 % of the best denoiser's
-             distance to the score: `pytest -n 0 tests/systems/test_regularized_ae.py`.
-`:gaussian`  2-D, where both criteria have the same closed form; not run.
+`:mixture`   1-D, two modes, sigma 0.2, 3,000 steps of 2,048, five minutes on one busy core. Seed 0: the estimated score is 0.030 (rms) from
+             the best denoiser's and 1.013 from the density's own, from which the best denoiser's is 1.005 (size 3.24).
+`:gaussian`  2-D, where both criteria have the same closed form, sigma 0.5, 5,000 steps of 512, six minutes. Seed 0: 0.051 and 0.862, the
+             best denoiser's 0.857 (size 2.02); the map's Jacobian J has |J - J^T| / |J| of 0.017 (1.24 before training).
 `:curve`     10-D near a closed curve; not run.
 The paper prints no numbers. `--config.model.criterion=contractive` trains by the Jacobian instead of noise (`model.probes=1` estimates its
 norm, which more than 64 dimensions need).
