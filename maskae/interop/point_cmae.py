@@ -16,7 +16,7 @@ from maskae.interop.point_layout import CLASSIFIER, GEOMETRY, LINEAR_CLASSIFIER,
 from maskae.losses.agreement import PAIRINGS, token_agreement
 from maskae.losses.chamfer import chamfer_distance
 from maskae.losses.classification import label_smoothing_cross_entropy
-from maskae.masking import Mask, random_mask, take_tokens
+from maskae.masking import Mask, random_mask, removed_indices, take_tokens
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.point_augmentations import scale_and_shift
 from maskae.nn.points import Groups, farthest_point_sampling
@@ -26,7 +26,6 @@ from maskae.schedules import unshifted_cosine
 from maskae.systems.contract import Params, Variables
 from maskae.systems.point_classifier import PointClassifier
 from maskae.systems.point_cmae import PointCmae
-from maskae.systems.point_mae import removed_indices
 
 # proj_cls, a head on the CLS token that feeds no loss: two linear maps and a batch norm.
 DEAD_DECAYING, DEAD_OTHERS = 2, 4

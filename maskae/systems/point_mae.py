@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from maskae.errors import UserError, check_choice, check_heads
 from maskae.losses.chamfer import VARIANTS, chamfer_distance
-from maskae.masking import Mask, draw_noise, random_mask, take_tokens
+from maskae.masking import Mask, draw_noise, random_mask, removed_indices, take_tokens
 from maskae.nn.augmentations import each
 from maskae.nn.batch_norm import STATISTICS
 from maskae.nn.flops import linear_flops
@@ -220,11 +220,6 @@ class PointMae(PointArguments):
         view = self.stack_flops(self.visible + min(self.cls_tokens, 1), self.depth) + self.stack_flops(self.groups, self.decoder_depth)
         view += self.position_flops() + linear_flops(self.groups - self.visible, self.width, 3 * self.group_size)
         return self.embedding_flops() + len(self.decoders) * view
-
-
-def removed_indices(mask: Mask) -> jax.Array:
-    """int32 [B, L-n]: the removed patches in the mask's shuffled order."""
-    return jnp.argsort(mask.restore, axis=1)[:, mask.keep_indices.shape[1] :]
 
 
 def token_deviation(features: jax.Array) -> jax.Array:
