@@ -289,14 +289,19 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), "None" if value is None else type(value).__name__)
 
 
+def _group(config: ConfigDict, name: str) -> ConfigDict:
+    """The group of a dotted name; the whole config for ""."""
+    for part in name.split(".") if name else []:
+        config = config[part]
+    return config
+
+
 def _clear_other_suffixes(config: ConfigDict, key: str, given: Iterable[str]) -> None:
     """An override in one suffix replaces the recipe's in another; two suffixes on one command line contradict each other."""
     group_name, _, name = key.rpartition(".")
     if not is_duration(name):
         return
-    group = config
-    for part in group_name.split(".") if group_name else []:
-        group = group[part]
+    group = _group(config, group_name)
     if not any(sibling in group for sibling in siblings(name)) or group[name] is None:
         return
     for sibling in siblings(key):
@@ -310,9 +315,7 @@ def _clear_downloads(config: ConfigDict, key: str, given: Iterable[str]) -> None
     group_name, _, name = key.rpartition(".")
     if name != "source" or group_name.rpartition(".")[2] != "data" or f"{group_name}.downloads" in given:
         return
-    group = config
-    for part in group_name.split("."):
-        group = group[part]
+    group = _group(config, group_name)
     if "downloads" in group:  # a stage has only the keys that it changes, see `stage_config`
         group.downloads = ()
 
@@ -321,9 +324,7 @@ def check(config: ConfigDict) -> None:
     """The checks that need neither data nor devices. Raises UserError."""
     for key in all_keys(config):
         group, _, name = key.rpartition(".")
-        node: Any = config
-        for part in group.split(".") if group else []:
-            node = node[part]
+        node = _group(config, group)
         if is_duration(name) and all(sibling in node for sibling in siblings(name)):
             stem = name.rpartition("_")[0]
             set_keys = [f"{group}.{stem}_{s}" for s in SUFFIXES if node[f"{stem}_{s}"] is not None]
