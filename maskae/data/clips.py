@@ -123,10 +123,11 @@ class ClipSource:
         frames, rate = read_frames(self.videos, self.rows.files[index], self.side)
         start = int(generator.integers(0, self._room(frames) + 1))
         # The window is drawn before the crop, and the crop before the gain.
-        top, left, height, width = draw_crop(generator, self.side) if self.own_crop else (0, 0, self.side, self.side)
+        crop = draw_crop(generator, self.side) if self.own_crop else None
         record = self._window(index, frames, rate, start, draw_gain(generator), spread=CLIP in self.spec.fields)
-        if not self.own_crop:
+        if crop is None:
             return record
+        top, left, height, width = crop
         cut = record[VIDEO][:, top : top + height, left : left + width]
         resized = [cv2.resize(frame, (self.side, self.side), interpolation=cv2.INTER_LINEAR) for frame in cut]
         return record | {VIDEO: np.stack(resized)}

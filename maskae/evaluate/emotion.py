@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from scipy.special import softmax
 
 from maskae.data.spec import CLIP
 from maskae.errors import UserError
@@ -28,9 +29,8 @@ def clip_probabilities(logits: np.ndarray, clips: np.ndarray, segments: int) -> 
     if (wrong := np.flatnonzero(counts != segments)).size:
         advice = "the last number of data.source says how many it has, and evaluate.max_examples must be a multiple of it"
         raise UserError(f"recall.segments={segments}, but clip {numbers[wrong[0]]} has {counts[wrong[0]]} records: {advice}")
-    powers = np.exp(np.asarray(logits, np.float64) - logits.max(-1, keepdims=True))
     total = np.zeros((len(numbers), logits.shape[1]))
-    np.add.at(total, clip, powers / powers.sum(-1, keepdims=True))
+    np.add.at(total, clip, softmax(np.asarray(logits, np.float64), axis=-1))
     return total / segments, first
 
 

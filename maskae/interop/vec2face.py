@@ -353,16 +353,12 @@ def replay(case: Case) -> dict[str, Reproduced]:
     # As it was recorded. In float32 a rectifier's input that lies within rounding of 0 takes the other side, which moves gradients by up to
     # 1.6e-2 of their largest value.
     with jax.enable_x64(True):
-        return _replay(case)
-
-
-def _replay(case: Case) -> dict[str, Reproduced]:
-    run = Replay(case)
-    found = run.forward() | replay_rates(case, run.system)
-    if case.wants("gen/"):
-        found |= run.generation()
-    if case.wants(*(f"{phase}_disc_start/{kind}" for phase in ("before", "after") for kind in ("grad", "disc_grad"))):
-        found |= run.gradients()
-    if case.wants("nearby/"):
-        found |= replay_nearby(case)
-    return found | (replay_schedule(case) if case.wants("schedule/") else {})
+        run = Replay(case)
+        found = run.forward() | replay_rates(case, run.system)
+        if case.wants("gen/"):
+            found |= run.generation()
+        if case.wants(*(f"{phase}_disc_start/{kind}" for phase in ("before", "after") for kind in ("grad", "disc_grad"))):
+            found |= run.gradients()
+        if case.wants("nearby/"):
+            found |= replay_nearby(case)
+        return found | (replay_schedule(case) if case.wants("schedule/") else {})
